@@ -1,0 +1,456 @@
+"The loop, its files and its faults."
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.core.registry import AdaptkitError
+from adaptkit.data.images import Augment, Preprocess
+from adaptkit.models.backbones import load_backbone
+from adaptkit.testing import check_method, toy_data, toy_model
+from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views, half
+from adaptkit.training.control import Control, EarlyStop, Event, When, check_observers
+from adaptkit.training.finetune import FineTune
+from adaptkit.training.loop import NonFiniteLoss, fit
+from adaptkit.training.methods import one_cycle
+from adaptkit.training.runs import Run, load_checkpoint, open_run, read_lines, save_checkpoint
+from adaptkit.training.session import Plan, epoch_order, fingerprint
+
+PLAN = Plan(epochs=2, batch_size=8, views=2, augment=Augment(hflip=True), accelerator="cpu")
+TUNE = FineTune(depth=3, rate=1e-2, head_rate=1e-2)
+
+
+@pytest.fixture
+def data():
+    return toy_data(48)
+
+
+@pytest.fixture
+def model(data):
+    return toy_model(data)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+
+
+# --- the schedule, against torch's ---------------------------------------------------------------
+
+
+def test_one_cycle_equals_torch():
+    w = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    total = 101
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=total, pct_start=0.25, div_factor=25, final_div_factor=1e9)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step() if len(rates) < total else None
+    # torch puts the peak at step pct_start * total - 1 and the end at total - 1
+    peak, last = 0.25 * total - 1, total - 1
+    for step, rate in enumerate(rates):
+        progress = 0.25 * step / peak if step <= peak else 0.25 + 0.75 * (step - peak) / (last - peak)
+        assert one_cycle(progress, 0.25) == pytest.approx(rate, abs=1e-6)
+
+
+# --- orders ------------------------------------------------------------------------------------------
+
+
+def test_order_visits_each_row_once_and_depends_on_seed_and_epoch():
+    a = epoch_order(50, 8, seed=0, epoch=0)
+    assert len(set(a)) == 48 == len(a)
+    assert not np.array_equal(a, epoch_order(50, 8, seed=0, epoch=1))
+    assert not np.array_equal(a, epoch_order(50, 8, seed=1, epoch=0))
+
+
+# --- contracts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [TUNE, FineTune(depth=0, head_rate=1e-2), FineTune(depth=3, gradual=1, falloff=0.5, rate=1e-2, head_rate=1e-2)])
+def test_finetune_keeps_the_contract_of_methods(method):
+    check_method(method)
+
+
+def test_frozen_stages_keep_their_bits_and_batchnorm_too(data, tmp_path):
+    from adaptkit.heads.heads import build_model
+
+    model = build_model(load_backbone("efficientnet_lite0", pretrained=False, size=32), data, seed=0)
+    run = fit(model, data, FineTune(depth=1), plan=dataclasses.replace(PLAN, epochs=1), out=tmp_path / "run")
+    before, after = model.backbone, run.model.backbone
+    for i, name in enumerate(model.backbone.stage_names[:-1]):
+        for k, v in before.stages[i].state_dict().items():
+            assert torch.equal(v, after.stages[i].state_dict()[k]), (name, k)
+    moved = [not torch.equal(v, after.stages[-1].state_dict()[k]) for k, v in before.stages[-1].state_dict().items()]
+    assert all(moved)
+
+
+def test_statistics_stay_when_asked(data, tmp_path):
+    from adaptkit.heads.heads import build_model
+
+    model = build_model(load_backbone("efficientnet_lite0", pretrained=False, size=32), data, seed=0)
+    run = fit(model, data, FineTune(depth=1, statistics=False), plan=dataclasses.replace(PLAN, epochs=1), out=tmp_path / "run")
+    for (k, v), w in zip(model.backbone.stages[-1].state_dict().items(), run.model.backbone.stages[-1].state_dict().values(), strict=True):
+        assert torch.equal(v, w) == ("running" in k or "num_batches" in k), k
+
+
+# --- metamorphic -----------------------------------------------------------------------------------
+
+
+def test_accumulated_batches_equal_one_large_batch(data, model, tmp_path):
+    def weights(batch_size, accumulate):
+        plan = Plan(epochs=2, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", views=1, accelerator="cpu")
+        run = fit(model, data, TUNE, plan=plan, out=tmp_path / f"{batch_size}-{accumulate}")
+        return torch.cat([p.flatten() for p in run.model.parameters()])
+
+    large, small, other = weights(16, 1), weights(4, 4), weights(4, 1)
+    assert (large - small).norm() / large.norm() < 1e-4
+    assert (large - other).norm() / large.norm() > 1e-3
+
+
+def test_cached_training_equals_uncached_training(data, tmp_path):
+    from adaptkit.heads.heads import build_model
+
+    model = build_model(load_backbone("efficientnet_lite0", pretrained=False, size=32), data, seed=0)
+    plan = Plan(epochs=2, batch_size=8, views=2, optimizer="sgd", accelerator="cpu")
+    method = FineTune(depth=0, head_rate=1e-2)
+    runs = [fit(model, data, method, plan=dataclasses.replace(plan, cache=on), out=tmp_path / str(on)) for on in (True, False)]
+    for a, b in zip(*(r.events for r in runs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+def test_mixed_precision_trains(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=4, precision="bf16-mixed"), out=tmp_path / "run")
+    assert run.history[-1]["valid_accuracy"] > 0.9
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+# --- the cache ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trunk():
+    return Trunk(load_backbone("efficientnet_lite0", pretrained=False, size=32).eval(), 3)
+
+
+VIEWS = Views(Preprocess(32), Augment(hflip=True, vflip=True, brightness=0.2), 3)
+
+
+def test_cache_is_exact_within_half_precision(data, trunk, tmp_path):
+    order = np.random.default_rng(0).permutation(len(data.train))
+    live, stored = Stream(data.train, VIEWS, trunk), Stream(data.train, VIEWS, trunk, TrunkCache(tmp_path))
+    for view in (0, 2):
+        for a, b in zip(live.batches(order, 7, view=view), stored.batches(order, 7, view=view), strict=True):
+            assert torch.equal(a.index, b.index) and torch.equal(a.y, b.y)
+            assert torch.allclose(a.x, b.x, rtol=2**-11, atol=1e-4)
+
+
+def test_cache_starts_in_the_middle_of_an_epoch(data, trunk, tmp_path):
+    order = np.arange(len(data.train))
+    stream = Stream(data.train, VIEWS, trunk, TrunkCache(tmp_path))
+    assert torch.equal(next(stream.batches(order, 8, start=3)).index, torch.arange(24, 32))
+
+
+def test_a_changed_weight_image_transform_or_view_is_another_entry(data, trunk, tmp_path):
+    cache = TrunkCache(tmp_path)
+    entries = {cache.entry(data.train, VIEWS, 1, trunk)}
+    backbone = load_backbone("efficientnet_lite0", pretrained=False, size=32).eval()
+    with torch.no_grad():
+        next(backbone.stages[2].parameters()).view(-1)[0] += 1e-3
+    entries.add(cache.entry(data.train, VIEWS, 1, Trunk(backbone, 3)))
+    pixels = data.train.items.copy()
+    pixels[5, 0, 0, 0] ^= 1
+    entries.add(cache.entry(dataclasses.replace(data.train, items=pixels), VIEWS, 1, trunk))
+    entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, spec_augment=Augment(hflip=True)), 1, trunk))
+    entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, spec=Preprocess(32, "pad")), 1, trunk))
+    entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, seed=1), 1, trunk))
+    entries.add(cache.entry(data.train, VIEWS, 2, trunk))
+    assert len(entries) == 7 and None not in entries
+
+
+def test_a_half_written_entry_is_never_used(data, trunk, tmp_path, monkeypatch):
+    cache = TrunkCache(tmp_path)
+    import adaptkit.training.cache as module
+
+    def dies(path, *args):
+        path.write_bytes(b"\x93NUMPY half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(module, "write_features", dies)
+        with pytest.raises(KeyboardInterrupt):
+            cache.entry(data.train, VIEWS, 1, trunk)
+    assert list(tmp_path.iterdir()) == []
+    assert np.load(cache.entry(data.train, VIEWS, 1, trunk)).shape[0] == len(data.train)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_falls_back_with_a_sentence(data, trunk, tmp_path, monkeypatch, code):
+    import adaptkit.training.cache as module
+
+    def full(path, *args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(module, "write_features", full)
+    stream = Stream(data.train, VIEWS, trunk, TrunkCache(tmp_path))
+    with pytest.warns(UserWarning, match="No room for the trunk cache"):
+        batch = next(stream.batches(np.arange(8), 8))
+    assert batch.x.shape[0] == 8 and list(tmp_path.iterdir()) == []
+
+
+def test_a_really_full_file_system(data, model):
+    "An unprivileged quota isn't at hand everywhere: /dev/full refuses every write on Linux."
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(OSError) as e:
+        with open("/dev/full", "w") as f:
+            f.write("x" * 100_000)
+    from adaptkit.training.cache import _disk_full
+
+    assert _disk_full(e.value)
+
+
+def test_other_errors_of_the_cache_are_not_hidden(data, trunk, tmp_path):
+    blocked = tmp_path / "a-file"
+    blocked.write_text("not a folder")
+    with pytest.raises((AdaptkitError, OSError)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrunkCache(blocked).entry(data.train, VIEWS, 1, trunk)
+
+
+def test_the_oldest_entries_make_room(data, trunk, tmp_path):
+    cache = TrunkCache(tmp_path)
+    first = cache.entry(data.train, VIEWS, 0, trunk)
+    size = first.stat().st_size
+    os.utime(first, (1, 1))
+    small = TrunkCache(tmp_path, limit=1.5 * size / 1e9)
+    second = small.entry(data.train, VIEWS, 1, trunk)
+    assert second.exists() and not first.exists()
+
+
+def test_half_keeps_large_values_finite():
+    assert half(torch.tensor([1e6, -1e6, 1.0])).tolist() == [65504.0, -65504.0, 1.0]
+
+
+# --- control ---------------------------------------------------------------------------------------
+
+
+def test_unfreezing_while_it_runs_is_replayed_bit_by_bit(data, tmp_path):
+    from adaptkit.heads.heads import build_model
+
+    model = build_model(load_backbone("efficientnet_lite0", pretrained=False, size=32), data, seed=0)
+    lowest = model.backbone.stage_names[-2]
+
+    class Somebody:
+        on = (When.STEP,)
+
+        def __init__(self, control):
+            self.control = control
+
+        def __call__(self, event):
+            if event.step == 3:
+                self.control.unfreeze(lowest)
+                self.control.rate(0.5)
+
+    hand = Control()
+    run = fit(model, data, FineTune(depth=1), plan=PLAN, control=hand, observers=[Somebody(hand)], out=tmp_path / "a")
+    assert [a["name"] for a in run.record["actions"]] == ["unfreeze", "rate"]
+    assert any(r["stage"] == lowest and r["moved"] > 0 for r in run.ledger)
+    again = fit(model, data, FineTune(depth=1), plan=PLAN, control=Control(replay=run.record["actions"]), out=tmp_path / "b")
+    assert [e["loss"] for e in again.events] == [e["loss"] for e in run.events]
+    assert fingerprint(again.model) == fingerprint(run.model)
+
+
+def test_stopping_keeps_the_model(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=PLAN, control=Control(replay=[{"step": 4, "name": "stop", "value": "enough"}]), out=tmp_path / "run")
+    assert run.record["status"] == "stopped" and run.record["why"] == "enough"
+    assert len([e for e in run.events if e["when"] == "step"]) == 4 and run.model.classes == data.classes
+
+
+def test_early_stop_needs_a_number_that_exists():
+    with pytest.raises(AdaptkitError, match="valid_acuracy.*valid_loss"):
+        EarlyStop("valid_acuracy")(Event(When.EPOCH, 0, 0, 1, {"valid_loss": 1.0}))
+
+
+@pytest.mark.parametrize("on, words", [((), "never called"), (("stpe",), "When.STEP")])
+def test_observers_that_would_never_fire_are_refused(on, words):
+    class Deaf:
+        def __call__(self, event):
+            return None
+
+    Deaf.on = on
+    with pytest.raises(AdaptkitError, match=words):
+        check_observers([Deaf()])
+
+
+# --- crashes -----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from adaptkit.data.images import Augment
+from adaptkit.testing import toy_data, toy_model
+from adaptkit.training.control import When
+from adaptkit.training.finetune import FineTune
+from adaptkit.training.loop import fit
+from adaptkit.training.session import Plan, fingerprint
+import torch
+torch.set_num_threads(1)
+
+class Slow:
+    on = (When.STEP,)
+    def __call__(self, event):
+        print("step", event.step, flush=True)
+        time.sleep(0.05)
+
+data = toy_data(48)
+plan = Plan(epochs=2, batch_size=8, views=2, checkpoint_every=4, accelerator="cpu")
+run = fit(toy_model(data), data, FineTune(depth=3, rate=1e-2, head_rate=1e-2), plan=plan, observers=[Slow()], out=sys.argv[1], exists="resume")
+print("fingerprint", fingerprint(run.model), [e["loss"] for e in run.events])
+"""
+
+
+def killed_at(step: int | None, folder: Path, tmp_path: Path) -> str:
+    "Run the script and kill it at a step; None: let it end. Returns its last line."
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True)
+    last = ""
+    for line in process.stdout:
+        last = line.strip()
+        if step is not None and last == f"step {step}":
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == (0 if step is None else -signal.SIGKILL)
+    return last
+
+
+def test_killed_twice_and_resumed_gives_the_same_bits(tmp_path):
+    whole = killed_at(None, tmp_path / "whole", tmp_path)
+    killed_at(6, tmp_path / "cut", tmp_path)  # after the checkpoint of step 4
+    assert open_run(tmp_path / "cut").record["status"] == "running"
+    killed_at(11, tmp_path / "cut", tmp_path)  # in the second epoch
+    assert killed_at(None, tmp_path / "cut", tmp_path) == whole
+    assert whole.startswith("fingerprint")
+
+
+def test_killed_before_the_first_checkpoint(tmp_path):
+    killed_at(2, tmp_path / "cut", tmp_path)
+    assert killed_at(None, tmp_path / "cut", tmp_path).split()[1] == killed_at(None, tmp_path / "whole", tmp_path).split()[1]
+
+
+def test_resuming_something_else_is_refused(data, model, tmp_path):
+    class Crash:
+        on = (When.EPOCH,)
+
+        def __call__(self, event):
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=dataclasses.replace(PLAN, checkpoint_every=2), observers=[Crash()], out=tmp_path / "run")
+    with pytest.raises(AdaptkitError, match="other data, model, method or plan"):
+        fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=5), out=tmp_path / "run", exists="resume")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, {"w": torch.ones(3)}, {"step": 1})
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(AdaptkitError, match="checkpoint.safetensors.*damaged"):
+        load_checkpoint(path)
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"a": 1}\n{"a": 2')
+    assert read_lines(tmp_path / "events.jsonl") == [{"a": 1}]
+
+
+def test_non_finite_loss_names_step_rows_and_module(data, model, tmp_path):
+    with torch.no_grad():
+        list(model.backbone.stages[1].parameters())[0].view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"step 0 .*rows \[.*backbone\.stages\.1"):
+        fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    assert Run(tmp_path / "run").record["status"] == "failed" and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", [{"epochs": -1}, {"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"accumulate": 0}, {"views": 0}, {"seed": -1}, {"warmup": 1.0}])
+def test_a_nonsense_plan_is_refused_by_name(setting):
+    with pytest.raises(AdaptkitError, match=next(iter(setting))):
+        Plan(**setting)
+
+
+@pytest.mark.parametrize("setting", [{"rate": 0}, {"head_rate": -1}, {"falloff": 0}, {"falloff": 2}, {"decay": -1}, {"depth": -1}, {"gradual": -1}])
+def test_a_nonsense_method_is_refused_by_name(setting):
+    with pytest.raises(AdaptkitError, match=next(iter(setting))):
+        FineTune(**setting)
+
+
+def test_unknown_optimizer_suggests():
+    with pytest.raises(AdaptkitError, match="Did you mean 'adamw'"):
+        Plan(optimizer="adam")
+
+
+def test_a_batch_larger_than_the_data(data, model, tmp_path):
+    with pytest.raises(AdaptkitError, match="takes 64 images.*only 48"):
+        fit(model, data, TUNE, plan=Plan(batch_size=64), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_for_other_classes(data, model, tmp_path):
+    with pytest.raises(AdaptkitError, match="built for the classes"):
+        fit(model, dataclasses.replace(data, classes=("yes", "no")), TUNE, out=tmp_path / "run")
+
+
+def test_an_existing_run_is_never_overwritten_unasked(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    before = fingerprint(run.model)
+    with pytest.raises(AdaptkitError, match="holds a run already"):
+        fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    assert fingerprint(run.model) == before
+    assert fingerprint(fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run", exists="replace").model) == before
+
+
+def test_no_permission_to_write(data, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdaptkitError, match="Cannot make the run folder"):
+        fit(model, data, TUNE, plan=PLAN, out=tmp_path / "file" / "run")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(AdaptkitError, match="not a run folder"):
+        open_run(tmp_path)
+
+
+def test_fit_leaves_the_global_generator_alone(data, model, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=1), out=tmp_path / "run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_run_is_a_readable_record(data, model, tmp_path):
+    started = time.time()
+    run = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    record = run.record
+    assert record["data"]["fingerprint"] == data.fingerprint and record["plan"]["epochs"] == 2
+    assert 0 < record["seconds"] < time.time() - started + 1
+    assert {p.name for p in run.folder.iterdir()} == {"run.json", "events.jsonl", "ledger.json", "model.safetensors", "model.json"}
