@@ -258,7 +258,7 @@ def build(
     complain(site, base)
     return site
 
-# %% ../../nbs/8_notebooks/40_site.ipynb #5ff44c20
+# %% ../../nbs/8_notebooks/40_site.ipynb #87945d97
 def main() -> None:
     "Commands of `python -m adaptkit.notebooks.site`."
     parser = argparse.ArgumentParser(
@@ -282,5 +282,5 @@ def main() -> None:
         sys.exit(str(e))
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and __package__:  # as a program, not as a notebook
     main()
