@@ -15,7 +15,7 @@ from ..core.registry import AdaptkitError, check, unknown
 # %% auto #0
 __all__ = ['KINDS', 'tagged', 'read_page', 'assigned', 'declared', 'kind', 'fits', 'checked', 'from_text']
 
-# %% ../../nbs/8_notebooks/10_parameters.ipynb #b73f15af
+# %% ../../nbs/8_notebooks/10_parameters.ipynb #f1caa95c
 def tagged(
     nb: Any,  # a notebook
     tag: str,  # e.g. "parameters"
@@ -32,7 +32,7 @@ def read_page(
 
     try:
         return nbformat.read(page, as_version=4)
-    except (OSError, ValueError, KeyError, AttributeError, nbformat.ValidationError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, nbformat.ValidationError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "it is no notebook that nbformat can read"
         raise AdaptkitError(f"Cannot run {page}: {reason}.") from e
 
