@@ -42,16 +42,51 @@ class Clock:
 
     def row(self, right) -> bool:
         "Record an epoch, given which test images were classified rightly; True when the target is reached."
-        self.rows.append({"seconds": round(self.spent, 1), "accuracy": float(right.mean()), "right": right.astype(int).tolist()})
+        self.rows.append(
+            {"seconds": round(self.spent, 1), "accuracy": float(right.mean()), "right": right.astype(int).tolist()}
+        )
         print(f"  {self.rows[-1]['seconds']:7.1f} s  {100 * right.mean():.2f} %", file=sys.stderr, flush=True)
         return bool(right.mean() >= TARGET)
 
 
 def adaptkit(seed: int, epochs: int) -> list[dict]:
-    "The kit as the demo uses it. Evaluation: an observer can't see the model, so one run is made for the time and its checkpoints are looked at afterwards."
-    from adaptkit import FineTune, build_model, fit, load_data
-    from adaptkit.demo import DEMO  # the settings that were chosen on the validation split
-    raise NotImplementedError
+    "The kit with the settings of the demo, from an empty cache."
+    import torch
+
+    from adaptkit.data.images import Augment
+    from adaptkit.data.sources import load_data
+    from adaptkit.evaluation.evaluate import predict
+    from adaptkit.heads.heads import build_model
+    from adaptkit.training.control import When
+    from adaptkit.training.finetune import FineTune
+    from adaptkit.training.loop import fit
+    from adaptkit.training.session import Plan
+
+    clock = Clock()
+    data = load_data("elpv")
+
+    class Seen(FineTune):
+        "Fine-tuning that lets the benchmark look at the model while it learns."
+
+        def prepare(self, model):
+            Seen.model = super().prepare(model)
+            return Seen.model
+
+    class Watch:
+        on = (When.EPOCH,)
+
+        def __call__(self, event):
+            clock.pause()
+            with torch.random.fork_rng():
+                predictions = predict(Seen.model, data.test)
+            clock.row(predictions.predicted == predictions.labels)
+            clock.resume()
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_model("efficientnet_lite0", data, seed=seed)
+        plan = Plan(epochs=6, augment=Augment(hflip=True, vflip=True), seed=seed)
+        fit(model, data, Seen(), plan=plan, observers=[Watch()], out=Path(folder) / "run", cache=Path(folder) / "cache")
+    return clock.rows
 
 
 def loaders(seed: int):
@@ -65,7 +100,9 @@ def loaders(seed: int):
 
     data = load_data("elpv")
     norm = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([127 / 255] * 3, [128 / 255] * 3)]
-    training = v2.Compose([v2.PILToTensor(), v2.Resize(224, antialias=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), *norm])
+    training = v2.Compose(
+        [v2.PILToTensor(), v2.Resize(224, antialias=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), *norm]
+    )
     testing = v2.Compose([v2.PILToTensor(), v2.Resize(224, antialias=True), *norm])
 
     class Cells(Dataset):
@@ -123,7 +160,9 @@ def plain(seed: int, epochs: int) -> list[dict]:
         if epoch == 1:
             for p in backbone.parameters():
                 p.requires_grad_(True)
-            optimizer = torch.optim.AdamW([{"params": backbone.parameters(), "lr": 1e-4}, {"params": head.parameters(), "lr": 1e-3}])
+            optimizer = torch.optim.AdamW(
+                [{"params": backbone.parameters(), "lr": 1e-4}, {"params": head.parameters(), "lr": 1e-3}]
+            )
         model.train()
         for x, y in train:
             loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -167,8 +206,18 @@ def lightning(seed: int, epochs: int) -> list[dict]:
             module.train()
             clock.resume()
 
-    tuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1, lambda_func=lambda epoch: 1.0, should_align=False)
-    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[tuning, Watch()])
+    tuning = BackboneFinetuning(
+        unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1, lambda_func=lambda epoch: 1.0, should_align=False
+    )
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[tuning, Watch()],
+    )
     trainer.fit(Classifier(), train)
     return clock.rows
 

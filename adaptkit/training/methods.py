@@ -84,20 +84,18 @@ def check_answers(
     missing += [n for n in ("name", "needs_pixels", "config") if not hasattr(method, n)]
     check(not missing, f"{type(method).__name__} is not a training method: it lacks {', '.join(missing)}.")
 
-# %% ../../nbs/4_training/06_methods.ipynb #fdae36ce
+# %% ../../nbs/4_training/06_methods.ipynb #651fb0ba
 def set_learning(
     model: Model,  # changed in place
     groups: Iterable[ParamGroup],  # all groups of the run
     epoch: int,  # from 0
 ) -> set[str]:  # names of the parts that learn in this epoch
     "Give exactly the groups that have started their gradients and training mode; freeze everything else."
-    model.eval()
+    model.eval().requires_grad_(False)
     learning = {g.name for g in groups if g.start <= epoch}
     for group in groups:
-        for p in group.module.parameters():
-            p.requires_grad_(group.name in learning)
         if group.name in learning:
-            group.module.train()
+            group.module.train().requires_grad_(True)
             for m in group.module.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm) and not group.statistics:
                     m.eval()

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 __all__ = ['Plan', 'epoch_order', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'obey', 'unfreeze', 'epoch_batches',
            'checkpoint', 'restore']
 
-# %% ../../nbs/4_training/08_session.ipynb #a258dc4a
+# %% ../../nbs/4_training/08_session.ipynb #52ce3e8d
 @dataclass(frozen=True)
 class Plan:
     "How long and how a run goes."
 
-    epochs: int = 8  # passes over the training split, 1 or more
+    epochs: int = 6  # passes over the training split, 1 or more
     batch_size: int = 32  # images for one forward and backward pass
     accumulate: int = 1  # batches whose gradients make one step
     views: int = 4  # augmented versions of each image that are cycled through
@@ -82,7 +82,7 @@ def epoch_order(
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     return order[: rows // per_step * per_step]
 
-# %% ../../nbs/4_training/08_session.ipynb #a5102c28
+# %% ../../nbs/4_training/08_session.ipynb #72cb1515
 class Session:
     "The state of one run between two steps."
 
@@ -134,7 +134,8 @@ class Session:
 
     def set_rates(self) -> float:
         "Give each group its learning rate for this step; returns the factor of the peak rates."
-        factor = one_cycle(self.step / (self.per_epoch * self.plan.epochs), self.plan.warmup) * self.factor
+        taken, total = self.step // self.plan.accumulate, self.per_epoch * self.plan.epochs // self.plan.accumulate
+        factor = one_cycle(taken / total, self.plan.warmup) * self.factor
         for entry, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             entry["lr"] = group.rate * factor
         return factor
