@@ -172,6 +172,7 @@ def test_links_become_local() -> None:
     turn = {"names": names, "base": "https://a.org/kit"}
     assert localised("(https://a.org/kit/core/files.html#x)", "", **turn) == "(0_core/20_files.ipynb#x)"
     assert localised("(https://a.org/kit/core/files.html#x)", "1_data", **turn) == "(../0_core/20_files.ipynb#x)"
+    assert localised("(https://a.org/kit/core/files.html#a.b).", "1_data", **turn) == "(../0_core/20_files.ipynb#a)."
     assert localised("(https://a.org/other/core/files.html)", "1_data", **turn) == "(https://a.org/other/core/files.html)"
 
 
