@@ -195,10 +195,10 @@ def test_given_split_folders(tmp_path: Path, given: set[str]) -> None:
 def test_a_given_test_folder_must_know_every_class(tmp_path: Path) -> None:
     folder(tmp_path / "train", a=10, b=10)
     folder(tmp_path / "test", a=3)
-    with pytest.raises(AdaptkitError, match="Class 'b' of .* has no usable image for test"):
+    with pytest.raises(AdaptkitError, match=r"No usable image of \['b'\] in .* for test"):
         load_data(tmp_path)
     folder(tmp_path / "test", b=3, z=3)
-    with pytest.raises(AdaptkitError, match="Class 'z' of .* has no usable image for train"):
+    with pytest.raises(AdaptkitError, match=r"No usable image of \['z'\] in .* for train"):
         load_data(tmp_path)
 
 
@@ -306,7 +306,7 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_class_with_too_few_images(tmp_path: Path, n: int) -> None:
-    with pytest.raises(AdaptkitError, match=rf"Class 'b' has {n} usable image\(s\) to divide"):
+    with pytest.raises(AdaptkitError, match=rf"Class 'b' has too few usable images \({n}\): train"):
         load_data(folder(tmp_path, a=9, b=n))
 
 
@@ -383,8 +383,9 @@ def test_links_out_of_the_folder_are_set_aside_and_inside_links_work(tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX names")
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_of_all_kinds(tmp_path: Path) -> None:
-    root = folder(tmp_path / "Größe 尺寸", **{"étoile ☆": 30, "с пробелом": 30})
+    root = folder(tmp_path / "Größe 尺寸", **{"étoile ☆": 30, "с пробелом $_{": 30})
     long = draw(root / "étoile ☆" / ("x" * 240 + ".png"))
     draw(root / "étoile ☆" / "new\nline, \"quoted\" 'name'.png")
     with open(os.fsencode(root / "étoile ☆") + b"/\xff\xfe.png", "wb") as f:
@@ -393,7 +394,7 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert len(names(data)) == 62 and data.unreadable[0][1] == "its name is not valid UTF-8: rename it"
     again = load_data(root, seed=5, split=save_split(data, tmp_path / "split.json"))
     assert again.fingerprint == data.fingerprint
-    data.show(n=2)
+    data.show(n=2).savefig(tmp_path / "shown.png")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")

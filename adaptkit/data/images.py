@@ -26,11 +26,11 @@ __all__ = ['Pixels', 'MOST_PIXELS', 'LEAST_SIDE', 'check_size', 'to_8_bit', 'on_
 # %% ../../nbs/1_data/05_images.ipynb #7d109582
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # 0 is black, 255 is white
 
-# %% ../../nbs/1_data/05_images.ipynb #0d90c159
+# %% ../../nbs/1_data/05_images.ipynb #afda9d62
 MOST_PIXELS = 100_000_000  # an image that claims more is taken for a decompression bomb
 LEAST_SIDE = 8  # pixels; what is smaller shows nothing
 
-
+# %% ../../nbs/1_data/05_images.ipynb #70c3e096
 def check_size(
     size: tuple[int, int],  # width and height, in pixels, as the file's header claims
 ) -> None:
@@ -62,7 +62,7 @@ def on_white(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "L" else image.convert("RGB")
 
-# %% ../../nbs/1_data/05_images.ipynb #87a6bbad
+# %% ../../nbs/1_data/05_images.ipynb #6dd0a683
 def decode(
     path: str | Path,  # an image file
     *,
@@ -76,7 +76,7 @@ def decode(
         image.load()
         return on_white(to_8_bit(ImageOps.exif_transpose(image)))
 
-
+# %% ../../nbs/1_data/05_images.ipynb #1538a6ed
 def reason(
     error: BaseException,  # what went wrong while reading
 ) -> str:  # part of a sentence
@@ -89,7 +89,7 @@ def reason(
         return "the file is truncated: its end is missing"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
-
+# %% ../../nbs/1_data/05_images.ipynb #a0106060
 def read_image(
     path: str | Path,  # an image file
     *,
@@ -105,7 +105,7 @@ def read_image(
     pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], channels)  # [H, W, C]
 
-
+# %% ../../nbs/1_data/05_images.ipynb #74163b74
 def problem(
     path: str | Path,  # an image file
 ) -> str:  # part of a sentence; empty if all is well
@@ -116,7 +116,7 @@ def problem(
         return reason(e.__cause__ or e)
     return ""
 
-# %% ../../nbs/1_data/05_images.ipynb #e4ef3e0b
+# %% ../../nbs/1_data/05_images.ipynb #fc2203ad
 @dataclass(frozen=True)
 class Preprocess:
     "How an image of any size becomes a square."
@@ -128,7 +128,7 @@ class Preprocess:
         check(self.size >= 1, f"size is {self.size}: it must be at least 1 pixel.")
         check(self.fit in ("squash", "crop", "pad"), f"fit is {self.fit!r}: it must be 'squash', 'crop' or 'pad'.")
 
-
+# %% ../../nbs/1_data/05_images.ipynb #b5985f4f
 def preprocess(
     image: Pixels,  # [H, W, 1 or 3]
     spec: Preprocess,  # side and fit
@@ -144,7 +144,7 @@ def preprocess(
         picture = picture.resize(side, how, reducing_gap=3.0)
     return np.array(picture).reshape(*side, -1).transpose(2, 0, 1).copy()  # [C, S, S]
 
-# %% ../../nbs/1_data/05_images.ipynb #01447abd
+# %% ../../nbs/1_data/05_images.ipynb #ecbeac30
 def mixed(
     z: npt.NDArray[np.uint64],  # any whole numbers
 ) -> npt.NDArray[np.uint64]:  # the same shape, well stirred
@@ -153,7 +153,7 @@ def mixed(
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
-
+# %% ../../nbs/1_data/05_images.ipynb #11ab606e
 def uniforms(
     index: Tensor,  # int64 [B], row numbers in the split
     *,
@@ -192,7 +192,7 @@ class Augment:
         "Axes that may be flipped (-1 = left-right, -2 = top-bottom), in the order in which the bits of a view use them."
         return tuple(axis for axis, on in ((-1, self.hflip), (-2, self.vflip)) if on)
 
-# %% ../../nbs/1_data/05_images.ipynb #d43ebcb1
+# %% ../../nbs/1_data/05_images.ipynb #e95974f0
 def moved(
     x: Tensor,  # [B, C, H, W]
     draws: Tensor,  # [B, 4] in [-1, 1): turn, zoom, right, down
@@ -211,7 +211,7 @@ def moved(
     grid = torch.stack([gx, gy], dim=-1).to(x.dtype)  # [B, H, W, 2]
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
-
+# %% ../../nbs/1_data/05_images.ipynb #a1e554c9
 def augment(
     x: Tensor,  # float [B, C, H, W] in [0, 1]
     view: int,  # 0 = unchanged; 1, 2, 3, ... = other copies

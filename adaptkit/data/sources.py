@@ -24,7 +24,7 @@ from .splits import SHARES, divided, load_split
 
 # %% auto #0
 __all__ = ['DATASETS', 'load_elpv', 'load_digits', 'read_idx', 'store', 'find', 'fetch', 'with_own_test', 'load_fashion_mnist',
-           'read_records', 'load_cifar10', 'torchvision_cifar10', 'loader', 'load_data']
+           'read_records', 'torchvision_cifar10', 'load_cifar10', 'loader', 'load_data']
 
 # %% ../../nbs/1_data/15_sources.ipynb #822b325f
 DATASETS: Registry[Callable[..., Data]] = Registry("dataset")
@@ -85,14 +85,14 @@ def read_idx(
         raise AdaptkitError(f"Cannot read {path}: {e}. Fetch the file again.") from e
     return np.frombuffer(content, np.uint8).reshape(shape)
 
-# %% ../../nbs/1_data/15_sources.ipynb #518de32f
+# %% ../../nbs/1_data/15_sources.ipynb #a5cae49f
 def store(
     root: str | Path | None,  # the reader's choice, or None
 ) -> Path:
     "Where downloaded data live."
     return Path(root or "~/.cache/adaptkit").expanduser()
 
-
+# %% ../../nbs/1_data/15_sources.ipynb #757a8029
 def find(
     folders: Iterable[Path],  # where to look, in order
     files: Iterable[str],  # all of which must be there, plain or with .gz
@@ -104,7 +104,7 @@ def find(
             return [next(p for p in found if p.name.removesuffix(".gz") == f) for f in files]
     return []
 
-
+# %% ../../nbs/1_data/15_sources.ipynb #99ced288
 def fetch(
     dataset: str,  # name of a class in torchvision.datasets
     root: Path,  # where to store it
@@ -164,7 +164,7 @@ def load_fashion_mnist(
     what = dict(name="fashion_mnist", classes=tuple(names.split(", ")), source=source, seed=seed, shares=shares)
     return with_own_test(train, test, **what)
 
-# %% ../../nbs/1_data/15_sources.ipynb #fc266e18
+# %% ../../nbs/1_data/15_sources.ipynb #8a064799
 def read_records(
     paths: Iterable[Path],  # CIFAR-10 in its binary form: one byte of label, 3,072 bytes of image, again and again
 ) -> tuple[Pixels, Rows]:  # [N, 32, 32, 3] and [N]
@@ -179,7 +179,25 @@ def read_records(
     table = np.concatenate(parts)
     return table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), table[:, 0].astype(np.int64)
 
+# %% ../../nbs/1_data/15_sources.ipynb #43524c1f
+def torchvision_cifar10(
+    root: Path,  # folder that holds cifar-10-batches-py, or will
+    *,
+    download: bool,  # fetch it if it is missing
+) -> tuple[tuple[Pixels, Rows], tuple[Pixels, Rows]]:  # train and test
+    "The pickled form, opened only by torchvision, which first compares each file with the checksum of the original."
+    from torchvision import datasets as ready
 
+    if download:
+        fetch("CIFAR10", root)
+    try:
+        parts = [ready.CIFAR10(str(root), train=train) for train in (True, False)]
+    except RuntimeError as e:
+        raise AdaptkitError(f"CIFAR-10 in {root} is damaged: {e}") from e
+    train, test = ((p.data, np.asarray(p.targets, np.int64)) for p in parts)
+    return train, test
+
+# %% ../../nbs/1_data/15_sources.ipynb #c3760f41
 @DATASETS.register("cifar10")
 def load_cifar10(
     *,
@@ -207,25 +225,7 @@ def load_cifar10(
     )
     return with_own_test(train, test, name="cifar10", classes=classes, source=source, seed=seed, shares=shares)
 
-
-def torchvision_cifar10(
-    root: Path,  # folder that holds cifar-10-batches-py, or will
-    *,
-    download: bool,  # fetch it if it is missing
-) -> tuple[tuple[Pixels, Rows], tuple[Pixels, Rows]]:  # train and test
-    "The pickled form, opened only by torchvision, which first compares each file with the checksum of the original."
-    from torchvision import datasets as ready
-
-    if download:
-        fetch("CIFAR10", root)
-    try:
-        parts = [ready.CIFAR10(str(root), train=train) for train in (True, False)]
-    except RuntimeError as e:
-        raise AdaptkitError(f"CIFAR-10 in {root} is damaged: {e}") from e
-    train, test = ((p.data, np.asarray(p.targets, np.int64)) for p in parts)
-    return train, test
-
-# %% ../../nbs/1_data/15_sources.ipynb #03c75bfb
+# %% ../../nbs/1_data/15_sources.ipynb #95dd2697
 def loader(
     name_or_path: str | Path,  # what the reader typed
 ) -> Callable[..., Data]:  # takes the options
@@ -237,7 +237,7 @@ def loader(
         return partial(load_folder, path)
     raise AdaptkitError(f"{unknown('data set', text, DATASETS)} There is no folder of that name either.")
 
-
+# %% ../../nbs/1_data/15_sources.ipynb #a2d2fe97
 def load_data(
     name_or_path: str | Path,  # a name in DATASETS, or a folder of images
     *,

@@ -18,9 +18,10 @@ from ..core.registry import check
 from .datasets import SPLITS, Data, Rows, Samples, Source
 
 # %% auto #0
-__all__ = ['SHARES', 'pattern', 'repaired', 'split_rows', 'save_split', 'joined', 'load_split', 'shares_left', 'divided']
+__all__ = ['SHARES', 'pattern', 'repaired', 'split_rows', 'save_split', 'joined', 'load_split', 'shares_left', 'rows_of',
+           'divided']
 
-# %% ../../nbs/1_data/12_splits.ipynb #3fe3a943
+# %% ../../nbs/1_data/12_splits.ipynb #d98b513b
 def pattern(
     n: int,  # how many rows
     shares: Sequence[float],  # one per split, together 1
@@ -32,7 +33,7 @@ def pattern(
     place = np.concatenate([(np.arange(c) + 0.5) / max(c, 1) for c in count])  # where in [0, 1] each card lies
     return np.repeat(np.arange(len(count)), count)[np.argsort(place, kind="stable")]
 
-
+# %% ../../nbs/1_data/12_splits.ipynb #b2549090
 def repaired(
     split: Rows,  # [N], split numbers
     labels: Rows,  # [N], classes
@@ -47,8 +48,8 @@ def repaired(
         name = classes[label] if len(classes) else str(label)
         check(
             len(rows) >= len(needed),
-            f"Class {name!r} has {len(rows)} usable image(s) to divide, but {' and '.join(SPLITS[s] for s in needed)} "
-            f"need one each: add images or leave the class out.",
+            f"Class {name!r} has too few usable images ({len(rows)}): {', '.join(SPLITS[s] for s in needed)} need one each. "
+            "Add images or leave the class out.",
         )
         for s in needed:
             if not (split[rows] == s).any():
@@ -56,7 +57,7 @@ def repaired(
                 split[rows[split[rows] == largest][-1]] = s
     return split
 
-
+# %% ../../nbs/1_data/12_splits.ipynb #89b327cd
 def split_rows(
     labels: Rows,  # [N], classes
     *,
@@ -81,7 +82,7 @@ def split_rows(
     train, valid, test = (np.flatnonzero(split == s) for s in range(3))
     return train, valid, test
 
-# %% ../../nbs/1_data/12_splits.ipynb #caabbc59
+# %% ../../nbs/1_data/12_splits.ipynb #def45b4e
 def save_split(
     data: Data,  # divided
     path: str | Path,  # the JSON file to write
@@ -90,7 +91,7 @@ def save_split(
     splits = {name: [s.name(i) for i in range(len(s))] for name, s in data.splits.items()}
     return write_json(path, {"name": data.name, "seed": data.seed, "fingerprint": data.fingerprint, "splits": splits})
 
-
+# %% ../../nbs/1_data/12_splits.ipynb #4b502daf
 def joined(
     parts: Sequence[Samples],  # of one kind: all files, or all arrays of one size
 ) -> Samples:  # one after the other
@@ -100,7 +101,7 @@ def joined(
     names = [p.name(i) for p in parts for i in range(len(p))]
     return Samples(items, np.concatenate([p.labels for p in parts]), names)
 
-
+# %% ../../nbs/1_data/12_splits.ipynb #52fed6de
 def load_split(
     data: Data,  # the same images, however divided
     path: str | Path,  # written by save_split
@@ -117,10 +118,10 @@ def load_split(
     train, valid, test = (pool.take([place[name] for name in stored["splits"][split]]) for split in SPLITS)
     return replace(data, seed=int(stored["seed"]), train=train, valid=valid, test=test)
 
-# %% ../../nbs/1_data/12_splits.ipynb #c36efc73
+# %% ../../nbs/1_data/12_splits.ipynb #41893297
 SHARES = (0.65, 0.10, 0.25)  # train, valid, test
 
-
+# %% ../../nbs/1_data/12_splits.ipynb #b43643eb
 def shares_left(
     shares: Sequence[float],  # train, valid, test
     given: Collection[str],  # splits that the data bring along; empty = none
@@ -130,7 +131,23 @@ def shares_left(
     check(sum(left) > 0, f"shares are {tuple(shares)}: train needs some of the images.")
     return [share / sum(left) for share in left]
 
+# %% ../../nbs/1_data/12_splits.ipynb #efbd12ca
+def rows_of(
+    labels: Rows,  # [N], classes
+    parts: npt.NDArray[Any],  # [N], names of splits; what is called train is to be divided
+    *,
+    shares: Sequence[float],  # train, valid, test
+    strata: npt.NDArray[Any] | None,  # [N], something else to keep in proportion
+    seed: int,  # of the division
+    classes: Sequence[str],  # names, for the error
+) -> list[Rows]:  # row numbers of train, valid, test
+    "Cut the missing splits from train; keep the given ones."
+    pool, left = np.flatnonzero(parts == "train"), shares_left(shares, set(parts.tolist()))
+    chosen = None if strata is None else strata[pool]
+    cuts = split_rows(labels[pool], shares=left, strata=chosen, seed=seed, classes=classes)
+    return [pool[cut] if left[s] else np.flatnonzero(parts == SPLITS[s]) for s, cut in enumerate(cuts)]
 
+# %% ../../nbs/1_data/12_splits.ipynb #59f196b0
 def divided(
     samples: Samples,  # everything
     *,
@@ -144,21 +161,10 @@ def divided(
     unreadable: Sequence[tuple[str, str]] = (),  # what was set aside
 ) -> Data:
     "Divide samples into train, valid and test, keeping what is given."
-    parts = np.asarray(given) if len(given) else np.full(len(samples), "train")
-    pool = np.flatnonzero(parts == "train")
-    cut = split_rows(
-        samples.labels[pool],
-        shares=shares_left(shares, set(given)),
-        strata=None if strata is None else strata[pool],
-        seed=seed,
-        classes=classes,
-    )
-    rows = {split: pool[c] if c.size else np.flatnonzero(parts == split) for split, c in zip(SPLITS, cut, strict=True)}
-    for split, chosen in rows.items():
-        lost = sorted(set(range(len(classes))) - set(samples.labels[chosen].tolist()))
-        check(
-            not lost,
-            f"Class {classes[lost[0]] if lost else ''!r} of {name!r} has no usable image for {split}: add some.",
-        )
-    train, valid, test = (samples.take(rows[split]) for split in SPLITS)
+    parts, labels = np.asarray(given) if len(given) else np.full(len(samples), "train"), samples.labels
+    rows = rows_of(labels, parts, shares=shares, strata=strata, seed=seed, classes=classes)
+    for split, chosen in zip(SPLITS, rows, strict=True):
+        lost = sorted(set(range(len(classes))) - set(labels[chosen].tolist()))
+        check(not lost, f"No usable image of {[classes[k] for k in lost[:3]]} in {name!r} for {split}: add some.")
+    train, valid, test = (samples.take(r) for r in rows)
     return Data(name, tuple(classes), train, valid, test, source, seed, tuple(unreadable))
