@@ -68,7 +68,7 @@ def image_uri(
     picture.save(buffer, format="PNG", optimize=True)
     return data_uri(buffer.getvalue())
 
-# %% ../../nbs/6a_evaluation/17_layout.ipynb #4bb70c9d
+# %% ../../nbs/6a_evaluation/17_layout.ipynb #74ebac7d
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5b6570; --line: #dfe3e8; --blue: #0068a8; --warm: #b34a00; }
 @media (prefers-color-scheme: dark) {
@@ -97,7 +97,7 @@ table.matrix { width: auto; } table.matrix td { text-align: center; min-width: 2
 figure { margin: 0; } figure img { max-width: 100%; height: auto; border-radius: 6px; display: block; } figure.paper img { background: #fff; width: 100%; }
 figcaption { font-size: .82rem; line-height: 1.35; margin-top: .3rem; } .wrong { color: var(--warm); font-weight: 600; }
 summary { cursor: pointer; color: var(--blue); } footer { color: var(--soft); font-size: .85rem; }
-@media (max-width: 600px) { .grid { grid-template-columns: repeat(2, 1fr); } main { padding: .9rem .6rem 2rem; } section { padding: .9rem .8rem; } th, td { padding: .3rem .45rem; } }
+@media (max-width: 600px) { .grid { grid-template-columns: repeat(2, 1fr); } thead th { white-space: normal; } table { font-size: .88rem; } main { padding: .9rem .6rem 2rem; } section { padding: .9rem .8rem; } th, td { padding: .3rem .45rem; } }
 @media print { body { background: #fff; font-size: 11pt; } section { border-color: #bbb; } figure, tr, h2, h3, .headline { break-inside: avoid; } h2, h3 { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; } .scroll { overflow: visible; }
   .bar i, td { print-color-adjust: exact; -webkit-print-color-adjust: exact; } a { color: inherit; } }
@@ -151,7 +151,7 @@ ERRORS = """
 {% endfor %}</div>{% endif %}</section>
 """
 
-# %% ../../nbs/6a_evaluation/17_layout.ipynb #0ea1215f
+# %% ../../nbs/6a_evaluation/17_layout.ipynb #00a63543
 DETAILS = """
 {% if curves or ledger %}<section><h2>Training</h2>{% if curves %}<div class="two">
 {% for caption, uri in curves %}<figure class="paper chart"><img alt="{{ caption }}" src="{{ uri }}"></figure>{% endfor %}</div>{% endif %}
@@ -160,7 +160,7 @@ DETAILS = """
 {% if figures %}<section><h2>Figures</h2>{% for caption, uri in figures %}
 <figure class="paper"><img alt="{{ caption }}" src="{{ uri }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}</section>{% endif %}
 {% if card %}<section><h2>Data</h2>{{ pairs(card.facts) }}{% if card.counts %}<h3>Images by class and split</h3>{{ grid(card.counts) }}{% endif %}
-{% if card.unreadable %}<details><summary>{{ card.unreadable | length }} unreadable files were set aside</summary>{{ pairs(card.unreadable) }}</details>{% endif %}
+{% if card.unreadable %}<details><summary>{{ card.unreadable | length }} unreadable {{ 'file was' if card.unreadable | length == 1 else 'files were' }} set aside</summary>{{ pairs(card.unreadable) }}</details>{% endif %}
 </section>{% endif %}
 <section><h2>What was run</h2>{% for heading, rows in sections %}<details{% if loop.first %} open{% endif %}><summary>{{ heading }}</summary>{{ pairs(rows) }}</details>
 {% endfor %}</section>

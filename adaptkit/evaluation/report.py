@@ -146,7 +146,7 @@ def card_parts(
         "unreadable": [tuple(u) for u in card.get("unreadable", ())],
     }
 
-# %% ../../nbs/6a_evaluation/15_report.ipynb #e698f33e
+# %% ../../nbs/6a_evaluation/15_report.ipynb #b75817df
 def head_parts(
     record: Row,  # run.json
     evaluation: Evaluation,  # of the model that was kept
@@ -162,10 +162,8 @@ def head_parts(
     }
     facts = {f"{evaluation.split} images": a.n, "seed": seek(record, "seed"), "device": seek(record, "device")}
     told = [(k, "not recorded" if v is None else str(v)) for k, v in facts.items()]
-    rows = [
-        {"metric": names.get(str(m), str(m).replace("_", " ")), **row}
-        for m, row in evaluation.table().T.to_dict().items()
-    ]
+    table = evaluation.table()[["model", *evaluation.controls, "95 % interval"]]
+    rows = [{"metric": names.get(str(m), str(m).replace("_", " ")), **row} for m, row in table.T.to_dict().items()]
     about = (seek(record, "backbone"), (record.get("method") or {}).get("name"), record.get("status"))
     parts = {"title": title, "subtitle": " · ".join(str(p) for p in about if p), "headline": headline, "controls": rows}
     return {

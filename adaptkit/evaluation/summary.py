@@ -17,7 +17,7 @@ from .pictures import confused_pairs, confusion
 # %% auto #0
 __all__ = ['Row', 'seek', 'duration', 'verdict', 'weakness', 'summary_lines', 'data_card', 'in_words', 'flat', 'sections']
 
-# %% ../../nbs/6a_evaluation/16_summary.ipynb #85346de7
+# %% ../../nbs/6a_evaluation/16_summary.ipynb #b890c274
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -41,7 +41,7 @@ def duration(
     minutes, rest = divmod(round(seconds), 60)
     return (
         f"{seconds:.1f} s"
-        if seconds < 60
+        if seconds < 59.95
         else f"{minutes} min {rest} s"
         if minutes < 60
         else f"{minutes // 60} h {minutes % 60} min"
@@ -87,7 +87,7 @@ def weakness(
         else "; no image was confused."
     )
 
-# %% ../../nbs/6a_evaluation/16_summary.ipynb #83f96989
+# %% ../../nbs/6a_evaluation/16_summary.ipynb #2376d510
 def summary_lines(
     record: Row,  # run.json
     history: Sequence[Row],  # one row an epoch
@@ -108,14 +108,14 @@ def summary_lines(
         if best
         else ""
     )
-    seed = seek(record, "seed")
+    seed, aside = seek(record, "seed"), len(card.get("unreadable", ()))
     rows = " / ".join(f"{k} {v}" for k, v in card.get("rows", {}).items()) or "split sizes not recorded"
     return [
         f"The model is right on {round(a.value * n)} of {n} {evaluation.split} images: {100 * a.value:.1f} % (95 % interval {100 * a.low:.1f} to {100 * a.high:.1f} %).",
         verdict(evaluation),
         weakness(evaluation),
         f"Training took {duration(seek(record, 'seconds'))} for {epochs} on {seek(record, 'device') or 'an unrecorded device'}, seed {'not recorded' if seed is None else seed}{at}.",
-        f"Data: {card.get('name', 'not described')} ({rows}); licence: {card.get('licence') or 'not stated'}; {len(card.get('unreadable', ()))} files could not be read.",
+        f"Data: {card.get('name', 'not described')} ({rows}); licence: {card.get('licence') or 'not stated'}; {aside} file{'' if aside == 1 else 's'} could not be read.",
     ]
 
 # %% ../../nbs/6a_evaluation/16_summary.ipynb #ac9de858
