@@ -227,7 +227,7 @@ def keep(
     nbformat.write(nb, part)
     return nb
 
-# %% ../../nbs/8_notebooks/20_runner.ipynb #509d8c3c
+# %% ../../nbs/8_notebooks/20_runner.ipynb #5a980e0d
 def execute(
     page: str | Path,  # a notebook file
     draft: Path,  # where papermill writes while it runs; must end in .ipynb
@@ -240,7 +240,12 @@ def execute(
     import papermill
 
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (page, draft))
-    watch = {"on_cell_start": told.cell, "stdout_file": told, "stderr_file": told}
+    watch = {
+        "on_cell_start": told.cell,
+        "stdout_file": told,
+        "stderr_file": told,
+        "extra_arguments": ["--log-level=CRITICAL"],
+    }
     try:
         papermill.execute_notebook(
             source, target, dict(values), engine_name="adaptkit", progress_bar=False, **watch, **options
