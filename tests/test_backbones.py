@@ -200,7 +200,7 @@ FAST = {
     "densenet121": 8,
 }
 SLOW = {
-    "vgg16": 6,
+    "vgg16": 5,
     "convnext_tiny": 8,
     "inception_v3": 16,
     "vit_b_16": 1,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['VERSION', 'seeded', 'count', 'Model', 'HasClasses', 'make_head', 'Named', 'build_model', 'rebuild', 'save_model',
-           'fill', 'load_model']
+__all__ = ['VERSION', 'seeded', 'count', 'Model', 'table_of', 'HasClasses', 'make_head', 'Named', 'build_model', 'rebuild',
+           'save_model', 'fill', 'load_model']
 
 # %% ../../nbs/3_heads/10_heads.ipynb #51ea1dff
 from .layers import HEADS as HEADS
@@ -50,7 +50,7 @@ def count(
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, on in sizes if on)
 
-# %% ../../nbs/3_heads/10_heads.ipynb #12883d85
+# %% ../../nbs/3_heads/10_heads.ipynb #a6d4643a
 class Model(nn.Module):
     "A backbone and a head: pixels in [0, 1] go in, logits come out."
 
@@ -64,18 +64,9 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.classes = backbone, head, tuple(classes)
+        self.n_stages, self.size = len(backbone.stages), backbone.size  # size in pixels
         self.config: dict[str, Any] = dict(config or {})
         self.preprocess: dict[str, Any] = {"size": backbone.size, "fit": "squash"}
-
-    @property
-    def n_stages(self) -> int:
-        "Number of stages of the backbone."
-        return len(self.backbone.stages)
-
-    @property
-    def size(self) -> int:
-        "Side of the input images in pixels."
-        return self.backbone.size
 
     def forward(
         self,
@@ -88,18 +79,28 @@ class Model(nn.Module):
         return out
 
     def describe(self) -> pd.DataFrame:
-        "One row per stage, the head, and the total: parameters, how many of them are trainable, output shape."
-        import pandas as pd
-
-        stages = zip(self.backbone.stage_names, self.backbone.stages, strict=True)
-        shapes = {**self.backbone.shapes, "head": (len(self.classes),)}
-        parts = [*stages, ("head", self.head), ("total", self)]
-        rows = {name: (*count(part), " x ".join(map(str, shapes.get(name, ())))) for name, part in parts}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["parameters", "trainable", "output"])
+        "One row per stage, the head, and the total: parameters, how many are trainable, output shape."
+        return table_of(self)
 
     def __repr__(self) -> str:
         head = self.config.get("head", type(self.head).__name__)
         return f"Model({self.backbone.name} + {head}: {len(self.classes)} classes, {count(self)[0] / 1e6:.2f} M parameters)"
+
+# %% ../../nbs/3_heads/10_heads.ipynb #3f41e0c9
+def table_of(
+    model: Model,  # what to describe
+) -> pd.DataFrame:  # one row per stage, the head, and the total
+    "Parameters, how many of them are trainable, and output shape."
+    import pandas as pd
+
+    backbone = model.backbone
+    stages = zip(backbone.stage_names, backbone.stages, strict=True)
+    shapes = {**backbone.shapes, "head": (len(model.classes),)}
+    rows = {
+        name: (*count(part), " x ".join(map(str, shapes.get(name, ()))))
+        for name, part in [*stages, ("head", model.head), ("total", model)]
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["parameters", "trainable", "output"])
 
 # %% ../../nbs/3_heads/10_heads.ipynb #a858ecae
 class HasClasses(Protocol):

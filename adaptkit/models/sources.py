@@ -22,7 +22,8 @@ from .cutting import TAIL
 from .stages import WeightSource
 
 # %% auto #0
-__all__ = ['read_weights', 'sha256', 'adopt', 'untrained', 'from_file', 'fetching', 'reach', 'torchvision_net', 'timm_net']
+__all__ = ['read_weights', 'sha256', 'adopt', 'untrained', 'from_file', 'fetching', 'reach', 'normalisation', 'torchvision_net',
+           'timm_download', 'timm_net']
 
 # %% ../../nbs/2_models/08_sources.ipynb #0619f218
 def read_weights(
@@ -119,7 +120,19 @@ def reach(
     except urllib.error.HTTPError:
         pass
 
-# %% ../../nbs/2_models/08_sources.ipynb #5c8a2870
+# %% ../../nbs/2_models/08_sources.ipynb #72c9d588
+def normalisation(
+    net: nn.Module,  # of torchvision; its own extra normalisation is turned off
+    trained: Any,  # the transforms that belong to its weights
+) -> dict[str, Any]:  # mean, std, size
+    "What the network was trained with."
+    norm = {"mean": trained.mean, "std": trained.std, "size": trained.crop_size[0]}
+    if hasattr(net, "transform_input"):  # Inception maps the normalisation of ImageNet to its own
+        vars(net)["transform_input"] = False
+        norm |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    return norm
+
+
 def torchvision_net(
     name: str,  # as torchvision lists it
     *,
@@ -134,27 +147,32 @@ def torchvision_net(
     net: nn.Module = models.get_model(name, weights=None, **aux).eval()
     if pretrained and not weights:
         with fetching(name):
-            adopt(net, best.get_state_dict(progress=False, check_hash=True, weights_only=True), path=best.url)
-    trained = best.transforms()
-    norm = {"mean": trained.mean, "std": trained.std, "size": trained.crop_size[0]}
-    if hasattr(
-        net, "transform_input"
-    ):  # Inception maps ImageNet's normalisation to its own: say so in mean and std instead
-        vars(net)["transform_input"] = False
-        norm |= {"mean": [0.5] * 3, "std": [0.5] * 3}
-    return (
-        net,
-        norm,
-        WeightSource(
-            name,
-            "torchvision, ImageNet-1k",
-            "BSD-3-Clause (torchvision)",
-            f"sha256 starts with {best.url[-12:-4]}",
-            best.url,
-        ),
-    )
+            tensors = best.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        adopt(net, tensors, path=best.url)
+    checksum, licence = f"sha256 starts with {best.url[-12:-4]}", "BSD-3-Clause (torchvision)"
+    source = WeightSource(f"torchvision/{name}", "torchvision, ImageNet-1k", licence, checksum, best.url)
+    return net, normalisation(net, best.transforms()), source
 
-# %% ../../nbs/2_models/08_sources.ipynb #2660c900
+# %% ../../nbs/2_models/08_sources.ipynb #625eb3c4
+def timm_download(
+    name: str,  # as timm lists it
+    hub: str,  # its repository on the Hugging Face hub
+    **options: Any,  # for timm.create_model
+) -> nn.Module:
+    "A network with its weights, from the cache of the hub if they are there."
+    import huggingface_hub
+    import timm
+
+    with fetching(name):
+        cached = hub and huggingface_hub.try_to_load_from_cache(hub, "model.safetensors")
+        if isinstance(cached, str):
+            options["pretrained_cfg_overlay"] = {"file": cached}
+        else:
+            reach(huggingface_hub.constants.ENDPOINT)
+        net: nn.Module = timm.create_model(name, pretrained=True, **options)
+    return net
+
+
 def timm_net(
     name: str,  # as timm lists it
     *,
@@ -162,30 +180,20 @@ def timm_net(
     weights: str | Path | None,  # a local file
     size: int | None,  # side of the input, pixels; only for networks built for one size
 ) -> tuple[nn.Module, dict[str, Any], WeightSource]:  # the network; mean, std and size it was trained with; its source
-    "A classifier of timm with its default weights, from the cache of the hub if they are there."
-    import huggingface_hub
+    "A classifier of timm with its default weights."
     import timm
 
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None:
         raise AdaptkitError(
-            f"timm has no pretrained weights for {name}, and so no size and normalisation: choose another network."
+            f"timm has no pretrained weights for {name}, so its normalisation is unknown: choose another."
         )
     hub = cfg.hf_hub_id or ""
     options: dict[str, Any] = {"img_size": size} if size and cfg.fixed_input_size else {}
     if pretrained and not weights:
-        with fetching(name):
-            cached = hub and huggingface_hub.try_to_load_from_cache(hub, "model.safetensors")
-            if isinstance(cached, str):
-                options["pretrained_cfg_overlay"] = {"file": cached}
-            else:
-                reach(huggingface_hub.constants.ENDPOINT)
-            net = timm.create_model(name, pretrained=True, **options)
+        net = timm_download(name, hub, **options)
     else:
         net = timm.create_model(name, pretrained=False, **options)
     norm = {"mean": cfg.mean, "std": cfg.std, "size": size or cfg.input_size[-1]}
-    return (
-        net.eval(),
-        norm,
-        WeightSource(name, f"timm, {hub}", cfg.license or "see its model card", "", f"https://huggingface.co/{hub}"),
-    )
+    url, licence = f"https://huggingface.co/{hub}", cfg.license or "see its model card"
+    return net.eval(), norm, WeightSource(f"timm/{name}", f"timm, {hub}", licence, url=url)

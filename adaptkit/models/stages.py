@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['check_pixels', 'Staged', 'evaluating', 'WeightSource', 'pooled', 'Backbone', 'shapes_of', 'draw_stages']
+__all__ = ['check_pixels', 'Staged', 'evaluating', 'WeightSource', 'pooled', 'Backbone', 'shapes_of', 'short', 'draw_stages']
 
 # %% ../../nbs/2_models/05_stages.ipynb #5673b47f
 def check_pixels(
@@ -156,28 +156,30 @@ def shapes_of(
     with evaluating(staged):
         return {name: tuple(m.shape[1:]) for name, m in staged.maps(x).items()}
 
-# %% ../../nbs/2_models/05_stages.ipynb #f30c62ad
+# %% ../../nbs/2_models/05_stages.ipynb #26d51c21
+def short(
+    n: int,  # a count
+) -> str:
+    "A count in at most four characters and a unit: 928, 13.9 k, 1.65 M."
+    return f"{n}" if n < 1000 else f"{n / 1e3:.3g} k" if n < 1e6 else f"{n / 1e6:.3g} M"
+
+
 def draw_stages(
     backbone: Backbone,  # what to draw
 ) -> Figure:  # two rows of bars, one bar a stage
     "What each stage returns and what it holds: side of its map, and parameters."
     from matplotlib.figure import Figure
 
-    names, shapes = backbone.stage_names, [backbone.shapes[n] for n in backbone.stage_names]
+    names, shapes = backbone.stage_names, list(backbone.shapes.values())
     sides = [s[-1] if len(s) == 3 else 1 for s in shapes]
-    sizes = [sum(p.numel() for p in stage.parameters()) / 1e6 for stage in backbone.stages]
-    fig = Figure(figsize=(1.5 + 0.75 * len(names), 4.2), layout="constrained")
+    sizes = [sum(p.numel() for p in stage.parameters()) for stage in backbone.stages]
+    fig = Figure(figsize=(2.5 + 0.7 * len(names), 4.2), layout="constrained")
     upper, lower = fig.subplots(2, sharex=True)
-    for ax, values, label, colour in (
-        (upper, sides, "side of the map", "#0072B2"),
-        (lower, sizes, "million parameters", "#E69F00"),
-    ):
-        bars = ax.bar(names, values, color=colour)
-        texts = [f"{v}" for v in values] if ax is upper else [f"{v:.2f}" for v in values]
-        ax.bar_label(bars, texts, fontsize=8)
-        ax.set_ylabel(label)
-        ax.spines[["top", "right"]].set_visible(False)
-    upper.set_yscale("log", base=2)
-    upper.set_title(repr(backbone), loc="left", fontsize=9)
+    rows = (upper, sides, "side of the map, px", "#0072B2"), (lower, sizes, "parameters", "#E69F00")
+    for ax, values, label, colour in rows:
+        ax.bar_label(ax.bar(names, values, color=colour), [short(v) for v in values], fontsize=8)
+        ax.set(ylabel=label, yticks=[])
+        ax.spines[["top", "right", "left"]].set_visible(False)
+    fig.suptitle(repr(backbone), fontsize=9)
     lower.tick_params(axis="x", rotation=35)
     return fig
