@@ -54,10 +54,12 @@ class Registry(Generic[T]):
 
     def register(self, name: str) -> Callable[[T], T]:
         "Decorator that files an object under `name`; a name that is taken raises."
+
         def keep(item: T) -> T:
             check(name not in self.items, f"The {self.kind} {name!r} is registered already: choose another name.")
             self.items[name] = item
             return item
+
         return keep
 
     def __contains__(self, name: object) -> bool:

@@ -30,8 +30,9 @@ __all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Sam
 
 # %% ../../nbs/1_data/10_datasets.ipynb #80db3f93
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from adaptkit.core.figures import Figure
 
 Rows: TypeAlias = npt.NDArray[np.int64]  # row numbers or labels
 _A = TypeVar("_A")
@@ -263,7 +264,7 @@ def show_samples(
     rows: int = 10,  # at most so many classes
 ) -> Figure:
     "Draw a row of images for each class."
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)

@@ -26,7 +26,8 @@ from ..models.stages import evaluating
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
+
+    from adaptkit.core.figures import Figure
 
 # %% auto #0
 __all__ = ['outputs', 'predict', 'untrained_head', 'majority', 'packed', 'unpacked', 'percent', 'Evaluation', 'evaluate']

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
 # %% auto #0
 __all__ = ['STYLE', 'HEAD', 'ERRORS', 'DETAILS', 'filled', 'data_uri', 'figure_uri', 'image_uri', 'columns', 'page']

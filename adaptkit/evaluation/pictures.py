@@ -17,7 +17,8 @@ from .metrics import Integers, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from adaptkit.core.figures import Figure
 
 # %% auto #0
 __all__ = ['INK', 'BLUE', 'ORANGE', 'confusion', 'confused_pairs', 'short', 'draw_confusion', 'highest_losses', 'draw_images',
@@ -138,7 +139,8 @@ def draw_errors(
 ) -> Figure:
     "Confusion matrix, most confused pairs and, if there are images, the highest losses."
     import matplotlib
-    from matplotlib.figure import Figure
+
+    from adaptkit.core.figures import Figure
 
     many = len(predictions.classes) > 5
     lower = 1.75 * -(-top // 4) if image else 0.0

@@ -19,8 +19,7 @@ from .pictures import BLUE, ORANGE, confused_pairs, confusion, draw_confusion, h
 from .summary import Row, data_card, duration, sections, seek, summary_lines
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from adaptkit.core.figures import Figure
     from adaptkit.training.runs import Run
 
 # %% auto #0
@@ -60,7 +59,7 @@ def _worst(evaluation: Evaluation, i: int) -> dict[str, Any]:
 
 
 def _large(evaluation: Evaluation) -> Figure:
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
     fig = Figure(figsize=(5, 5), layout="constrained")
     draw_confusion(fig.add_subplot(), evaluation.predictions)
@@ -75,8 +74,9 @@ def draw_curve(
     scale: float = 1.0,  # what values are multiplied with, 100 for per cent
 ) -> Figure:
     "One or two curves over the epochs."
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from adaptkit.core.figures import Figure
 
     fig = Figure(figsize=(4.4, 2.7), layout="constrained")
     ax = fig.add_subplot(xlabel="epoch")

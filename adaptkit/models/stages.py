@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.registry import check
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
 # %% auto #0
 __all__ = ['check_pixels', 'Staged', 'evaluating', 'WeightSource', 'pooled', 'Backbone', 'shapes_of', 'short', 'draw_stages']
@@ -168,7 +168,7 @@ def draw_stages(
     backbone: Backbone,  # what to draw
 ) -> Figure:  # two rows of bars, one bar a stage
     "What each stage returns and what it holds: side of its map, and parameters."
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
     names, shapes = backbone.stage_names, list(backbone.shapes.values())
     sides = [s[-1] if len(s) == 3 else 1 for s in shapes]

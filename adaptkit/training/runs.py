@@ -22,8 +22,7 @@ from ..core.files import read_json, replacing
 from ..core.registry import AdaptkitError, check
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from adaptkit.core.figures import Figure
     from adaptkit.heads.heads import Model
 
 # %% auto #0
@@ -222,7 +221,7 @@ def draw_run(
     ledger: list[dict[str, Any]],  # from ledger.json
 ) -> Figure:  # 3 panels
     "Loss, validation accuracy and movement of a run as one picture."
-    from matplotlib.figure import Figure
+    from adaptkit.core.figures import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
