@@ -122,7 +122,7 @@ def ledger_rows(
     return list(rows.values())
 
 # %% ../../nbs/6a_evaluation/15_report.ipynb #053224da
-LEGEND = "Majority class: always names the most common class of the training images. Untrained head: the same network under a head fresh from the random generator. Intervals: Wilson for accuracy, stratified bootstrap for the others."
+LEGEND = "Majority class: always names the most common class of the training images. Untrained head: the network that training started from, under a head fresh from the random generator. Intervals: Wilson for accuracy, stratified bootstrap for the others."
 LIMITS = (
     "The intervals say how the numbers would vary with other test images of the same kind. They do not cover another seed, wrong labels, or images from another source.",
     "Images that belong together (of one patient, one device, one day) make every interval too narrow.",

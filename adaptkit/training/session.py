@@ -82,7 +82,7 @@ def epoch_order(
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     return order[: rows // per_step * per_step]
 
-# %% ../../nbs/4_training/08_session.ipynb #72cb1515
+# %% ../../nbs/4_training/08_session.ipynb #1f0d4363
 class Session:
     "The state of one run between two steps."
 
@@ -98,6 +98,7 @@ class Session:
             cache,
         )
         self.model = method.prepare(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+        self.model.preprocess = {"size": model.size, "fit": plan.fit}
         self.groups = list(method.groups(self.model))
         self.ledger = Ledger(self.model)
         self.request = digest(plan_record(plan), dict(method.config), data.fingerprint, fingerprint(model))
