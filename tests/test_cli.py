@@ -1,0 +1,115 @@
+"What people type: names, adapt, run."
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import adaptkit
+from adaptkit.training.runs import open_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def shell(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    "Run the command line as a user does."
+    command = [sys.executable, "-c", "from adaptkit.cli import main; main()", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Red pictures and blue ones, with noise, in a folder with a name that isn't ASCII."
+    root = tmp_path_factory.mktemp("données") / "mes images"
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("rouge", "bleu")):
+        (root / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = rng.integers(0, 90, (26 + i % 3, 30, 3), np.uint8)
+            pixels[..., 2 * k] += 120
+            Image.fromarray(pixels).save(root / name / f"{i:02}.png")
+    return root
+
+
+def test_names_for_the_type_checker_are_the_names_that_exist():
+    tree = ast.parse(inspect.getsource(adaptkit))
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    told = {(f"{n.module}".removeprefix("adaptkit."), a.name) for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert told == {(module, name) for module, names in adaptkit._HOME.items() for name in names}
+    assert all(getattr(adaptkit, name).__name__ == name for _, name in told)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(AttributeError, match="evalute.*evaluate"):
+        adaptkit.evalute  # noqa: B018
+
+
+def test_adapt_a_folder(folder, tmp_path):
+    done = shell("adapt", folder, "--backbone", "small_cnn", "--epochs", "6", "--batch-size", "8", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "95 % interval" in done.stdout and "report    out/report.html" in done.stdout
+    run = open_run(tmp_path / "out")
+    assert run.record["status"] == "done" and run.model.classes == ("bleu", "rouge")
+    assert run.history[-1]["valid_accuracy"] > 0.9
+    again = shell("adapt", folder, "--backbone", "small_cnn", "--batch-size", "8", "--out", "out", cwd=tmp_path)
+    assert again.returncode == 1 and "holds a run already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["no/such/folder"], "no/such/folder"),
+        (["epvl"], "elpv"),
+        (["digits", "--backbone", "eficientnet_lite0"], "Did you mean 'efficientnet_lite0'"),
+        (["digits", "--backbone", "small_cnn", "--epochs", "-2"], "epochs=-2"),
+        (["digits", "--backbone", "small_cnn", "--batch-size", "5000"], "takes 5000 images"),
+        (["digits", "--backbone", "small_cnn", "--depth", "40"], "has 3 stages"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(words, told, tmp_path):
+    done = shell("adapt", *words, cwd=tmp_path)
+    assert done.returncode == 1 and told in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_run_refuses_a_misspelt_parameter_before_it_starts(tmp_path):
+    done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-p", "epoch", "3", "-o", "out.ipynb", cwd=tmp_path)
+    assert done.returncode == 1 and "Did you mean 'epochs'" in done.stderr and not (tmp_path / "out.ipynb").exists()
+
+
+SETTINGS = {"backbone": "small_cnn", "epochs": "6", "views": "1", "size": "32", "batch_size": "8", "out": "result", "depth": "3"}
+
+
+def check_seven_steps(where: Path) -> None:
+    "What the main notebook has to leave behind."
+    nb = json.loads((where / "out.ipynb").read_text())
+    outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+    records = {o["data"]["application/vnd.adaptkit.record+json"]["name"] for o in outputs if "application/vnd.adaptkit.record+json" in o.get("data", {})}
+    assert {"test_accuracy", "valid_accuracy", "seconds", "peak_memory"} <= records
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
+    assert {"run.json", "events.jsonl", "ledger.json", "model.safetensors", "report.html"} <= {p.name for p in (where / "result").iterdir()}
+
+
+def test_seven_steps_on_a_folder_with_our_command(folder, tmp_path):
+    words = [w for k, v in {**SETTINGS, "data": folder}.items() for w in ("-p", k, v)]
+    done = shell("run", ROOT / "nbs/seven_steps.ipynb", *words, "-o", "out.ipynb", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The model is right on" in done.stdout and "notebook  out.ipynb" in done.stdout
+    check_seven_steps(tmp_path)
+
+
+def test_seven_steps_on_a_folder_with_plain_papermill(folder, tmp_path):
+    words = [str(w) for k, v in {**SETTINGS, "data": folder}.items() for w in ("-p", k, v)]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/seven_steps.ipynb"), "out.ipynb", *words, "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_seven_steps(tmp_path)

@@ -1,0 +1,90 @@
+"Every plugin of ours passes the contract that others' plugins have to pass; broken ones don't."
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from adaptkit.core.registry import AdaptkitError
+from adaptkit.data.sources import load_data
+from adaptkit.evaluation.metrics import METRICS
+from adaptkit.models.backbones import BACKBONES, load_backbone
+from adaptkit.testing import check_backbone, check_data_source, check_method, check_metric, toy_data
+from adaptkit.training.finetune import FineTune
+from adaptkit.training.methods import METHODS
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods(name):
+    check_method(METHODS[name]())
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_backbones(name):
+    check_backbone(load_backbone(name, size=64))
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_metrics(name):
+    check_metric(METRICS[name])
+
+
+@pytest.mark.parametrize("name", ["digits", "elpv"])
+def test_data_sources_that_are_here(name):
+    check_data_source(lambda: load_data(name))
+
+
+class Leaky(FineTune):
+    "Moves a frozen weight."
+
+    def step(self, model, optimizer):
+        optimizer.step()
+        with torch.no_grad():
+            next(model.backbone.parameters()).add_(0.01)
+
+
+class Forgetful(FineTune):
+    "Throws the head away at the end."
+
+    def finish(self, model):
+        for p in model.head.parameters():
+            p.data.zero_()
+        return model
+
+
+class Moody(FineTune):
+    "Uses random numbers of its own."
+
+    def loss(self, network, batch):
+        return {"noise": super().loss(network, batch)["cross-entropy"] * float(1 + 0.1 * np.random.default_rng().random())}
+
+
+@pytest.mark.parametrize("method, words", [(Leaky(depth=0), "moved all the same"), (Forgetful(head_rate=1e-2), "finish changes"), (Moody(head_rate=1e-2), "same seed differ")])
+def test_broken_methods_are_caught(method, words):
+    with pytest.raises(AdaptkitError, match=words):
+        check_method(method)
+
+
+def test_a_broken_backbone_is_caught():
+    backbone = load_backbone("small_cnn", size=32)
+    backbone.source = dataclasses.replace(backbone.source, licence="")
+    with pytest.raises(AdaptkitError, match="lacks origin or licence"):
+        check_backbone(backbone)
+
+
+def test_broken_data_are_caught():
+    data = toy_data(24)
+    with pytest.raises(AdaptkitError, match="has the labels"):
+        check_data_source(lambda: dataclasses.replace(data, classes=("dark", "bright", "missing")))
+    seeds = iter(range(9))
+    with pytest.raises(AdaptkitError, match="two fingerprints"):
+        check_data_source(lambda: toy_data(24, seed=next(seeds)))
+
+
+@pytest.mark.parametrize("metric", [lambda p: 0.5, lambda p: float(p.predicted[0] == p.labels[0]), lambda p: 1.0])
+def test_broken_metrics_are_caught(metric):
+    with pytest.raises(AdaptkitError):
+        check_metric(metric)
