@@ -5,7 +5,7 @@ PORT ?= 8000
 UV := uv==0.13.9
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
-PAGES := $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' 2>/dev/null)
+PAGES := $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -not -path '*/runs/*' 2>/dev/null)
 LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PATH := $(BIN):$(PATH)
 

@@ -33,7 +33,7 @@ def running(nbs: Path, out: Path) -> Iterator[Answers]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A copy of what a page may look at, so that running pages leaves nothing in the repository."
     folder = tmp_path_factory.mktemp("pages")
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*", "runs"))
     for name in ("_quarto.yml", "settings.ini", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "adaptkit", folder / "adaptkit", ignore=shutil.ignore_patterns("__pycache__"))

@@ -175,7 +175,10 @@ def test_unknown_kernels_are_named(tmp_path: Path) -> None:
         ("from nbdev import nbdev_export\nnbdev_export()", True),
         ("#| eval: true\n1", False),
         ("1", False),
+        ("import nbdev\nnbdev.nbdev_export()", True),
+        ("#| Eval: False\n1", True),
         ("'#| eval: false'", False),
+        ("page = 'nbdev_export()'", False),
     ],
 )
 def test_cells_that_must_not_run(source: str, skipped: bool) -> None:

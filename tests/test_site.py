@@ -190,7 +190,7 @@ def test_the_whole_site_is_whole(answers: dict[str, Future[tuple[float, str]]], 
         shutil.copytree(ROOT / ".cache", work / ".cache", dirs_exist_ok=True)
     if not shutil.which("npm") and not (ROOT / ".cache").exists():
         pytest.skip("the formulas of the site need npm once, to fetch KaTeX")
-    shutil.copytree(work / "nbs", work / "runs/docs", ignore=shutil.ignore_patterns("*.ipynb"), dirs_exist_ok=True)
+    shutil.copytree(work / "nbs", work / "runs/docs", ignore=shutil.ignore_patterns("*.ipynb", "runs"), dirs_exist_ok=True)
     program = "from pathlib import Path; from adaptkit.notebooks import site; site.build(source=Path('runs/docs'))"
     done = subprocess.run([sys.executable, "-c", program], cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -20,7 +20,7 @@ from .tree import pages
 # %% auto #0
 __all__ = ['UNRUN', 'OUTPUT', 'computes', 'prepare', 'localised', 'texts', 'link_pages']
 
-# %% ../../nbs/8_notebooks/38_preparing.ipynb #881b8999
+# %% ../../nbs/8_notebooks/38_preparing.ipynb #7172d9cc
 UNRUN = "#| eval: false # for nbdev\n"
 
 
@@ -43,7 +43,7 @@ def prepare(
 ) -> Path:  # the same as `place`
     "Copy the pages for nbdev."
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(source, place, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(source, place, ignore=shutil.ignore_patterns(".*", "runs"))
     for page in (place / p for p in pages(place)):
         nb = read_json(page)
         for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):

@@ -68,7 +68,7 @@ def run_pages(
             print(f"{seconds:7.1f} s  {waiting[job]}  {wrong}".rstrip(), flush=True)
     return found
 
-# %% ../../nbs/8_notebooks/40_site.ipynb #aeecd42b
+# %% ../../nbs/8_notebooks/40_site.ipynb #582cce6e
 def execute_all(
     nbs: Path,  # the folder of the notebooks
     out: Path,  # where the executed copies go
@@ -82,7 +82,9 @@ def execute_all(
     done = {p: k for p, k in keys.items() if known.get(p) == k and (out / p).exists()}
     for path in (p for p in pages(out) if p.as_posix() not in done):
         (out / path).unlink()
-    for path in (p for p in nbs.rglob("*") if p.is_file() and p.suffix != ".ipynb"):
+    for path in (
+        p for p in nbs.rglob("*") if p.is_file() and p.suffix != ".ipynb" and "runs" not in p.relative_to(nbs).parts
+    ):
         (out / path.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, out / path.relative_to(nbs))
     found = run_pages(nbs, out, names=[p for p in keys if p not in done], workers=workers)

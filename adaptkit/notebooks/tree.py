@@ -18,13 +18,13 @@ from ..core.registry import check
 __all__ = ['SECTIONS', 'MARKS', 'LINK', 'pages', 'cells', 'sidebar', 'write_sidebar', 'replace_text', 'moved', 'as_markdown',
            'readme']
 
-# %% ../../nbs/8_notebooks/35_tree.ipynb #963b0d3c
+# %% ../../nbs/8_notebooks/35_tree.ipynb #b3389e36
 def pages(
     nbs: str | Path,  # the folder of the notebooks
 ) -> list[Path]:  # relative to it, sorted
     "All pages below `nbs`."
     found = (p.relative_to(nbs) for p in Path(nbs).rglob("*.ipynb"))
-    return sorted(p for p in found if not any(part[0] in "._" for part in p.parts))
+    return sorted(p for p in found if not any(part[0] in "._" or part == "runs" for part in p.parts))
 
 
 def cells(
