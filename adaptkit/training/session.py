@@ -141,7 +141,7 @@ class Session:
             entry["lr"] = group.rate * factor
         return factor
 
-# %% ../../nbs/4_training/08_session.ipynb #e0024f02
+# %% ../../nbs/4_training/08_session.ipynb #b678fa96
 def make_optimizer(
     groups: Iterable[ParamGroup],  # one group of the optimiser each, in this order
     plan: Plan,  # which optimiser
@@ -150,7 +150,7 @@ def make_optimizer(
     entries = [{"params": list(g.module.parameters()), "lr": g.rate, "weight_decay": g.decay} for g in groups]
     if plan.optimizer == "sgd":
         return torch.optim.SGD(entries, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(entries)
+    return torch.optim.AdamW(entries, fused=True)
 
 
 def fingerprint(
