@@ -114,7 +114,7 @@ def one_cycle(
         return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * progress / warmup)) / 2
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
-# %% ../../nbs/4_training/06_methods.ipynb #3dd94ca1
+# %% ../../nbs/4_training/06_methods.ipynb #c81a4396
 class Ledger:
     "What was allowed to move, and what did; contradictions raise."
 
@@ -159,8 +159,9 @@ class Ledger:
         prefix = next(n for n, m in model.named_modules() if m is part) + "."
         learned = {prefix + n for n, _ in part.named_parameters()}
         now = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
-        change = sum(float((now[k] - self._start[k]).double().square().sum()) for k in learned)
-        size = sum(float(self._start[k].double().square().sum()) for k in learned)
+        moving = [k for k in learned if not torch.equal(now[k], self._start[k])]
+        change = sum(float(torch.linalg.vector_norm(now[k] - self._start[k])) ** 2 for k in moving)
+        size = sum(float(torch.linalg.vector_norm(self._start[k])) ** 2 for k in learned) if moving else 0.0
         statistics = any(not torch.equal(v, self._start[k]) for k, v in now.items() if k not in learned)
         return (math.sqrt(change / size) if size else math.sqrt(change)), statistics
 
