@@ -35,7 +35,7 @@ def main() -> None:
         print(f"adaptkit: {e}", file=sys.stderr)
         raise SystemExit(1) from None
 
-# %% ../nbs/0_core/80_commands.ipynb #f0ef4fc6
+# %% ../nbs/0_core/80_commands.ipynb #60f5c5d4
 @app.command()
 @click.argument("data")
 @click.option("--backbone", default="efficientnet_lite0", show_default=True, help="The pretrained network.")
@@ -68,7 +68,7 @@ def adapt(
         print(line)
     print(f"report    {report}\nmodel     {run.folder / 'model.safetensors'}")
 
-
+# %% ../nbs/0_core/80_commands.ipynb #e83a4d47
 def adapted(
     model: Model,  # before training
     data: Data,  # its classes are the model's

@@ -51,7 +51,7 @@ def toy_model(
     "A small network for the toy task."
     return build_model("small_cnn", data, size=32, seed=0)
 
-# %% ../nbs/0_core/70_contracts.ipynb #933d6db4
+# %% ../nbs/0_core/70_contracts.ipynb #9e23d464
 def check_method(
     method: Method,  # yours
     *,
@@ -84,7 +84,7 @@ def check_method(
     check_finish(method, model)
     return history
 
-
+# %% ../nbs/0_core/70_contracts.ipynb #82eb2bb9
 def check_finish(
     method: Method,  # yours
     model: Model,  # left as it is
@@ -102,7 +102,7 @@ def check_finish(
         f"{method.name}: finish changes the outputs by up to {float((before - after).abs().max()):.2g}.",
     )
 
-
+# %% ../nbs/0_core/70_contracts.ipynb #7a004119
 def same(
     a: dict[str, Tensor],  # a state dict
     b: dict[str, Tensor],  # another

@@ -16,7 +16,6 @@ from adaptkit.testing import check_backbone, check_data_source, check_method, ch
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.methods import METHODS
 
-
 @pytest.mark.parametrize("name", list(METHODS))
 def test_methods(name):
     check_method(METHODS[name]())

@@ -62,7 +62,7 @@ def trunk_fingerprint(
 def _norm(backbone: Backbone) -> dict[str, Tensor]:
     return {"mean": backbone.mean, "std": backbone.std}
 
-# %% ../../nbs/4_training/30_cache.ipynb #9e3152db
+# %% ../../nbs/4_training/30_cache.ipynb #a934caea
 class TrunkCache:
     "Outputs of frozen stages on disk, in half precision, one file for each view."
 
@@ -118,12 +118,12 @@ class TrunkCache:
     def __repr__(self) -> str:
         return f"TrunkCache(limit={self.limit:g} GB)"
 
-
+# %% ../../nbs/4_training/30_cache.ipynb #7357d095
 def _disk_full(error: BaseException) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or getattr(error.__cause__, "errno", None) in full
 
-# %% ../../nbs/4_training/30_cache.ipynb #feca414f
+# %% ../../nbs/4_training/30_cache.ipynb #83a1ef53
 class Trunk:
     "The frozen stages of a backbone, ready to compute: fused, without gradients, in evaluation mode."
 
@@ -149,7 +149,7 @@ class Trunk:
         "Shape of one image's features, [C, h, w]."
         return tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
 
-
+# %% ../../nbs/4_training/30_cache.ipynb #8a96a43a
 def write_features(
     path: Path,  # an .npy file, written in place
     samples: Samples,  # N images
@@ -167,7 +167,7 @@ def write_features(
             z = trunk(views.make(batch, view))
             f.write(half(z).cpu().contiguous().numpy().tobytes())
 
-
+# %% ../../nbs/4_training/30_cache.ipynb #a862e240
 def half(
     x: Tensor,  # any float tensor
 ) -> Tensor:  # float16

@@ -132,7 +132,7 @@ def read_lines(
         json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]
 
-# %% ../../nbs/4_training/04_runs.ipynb #3375dff6
+# %% ../../nbs/4_training/04_runs.ipynb #449b0335
 @dataclass(frozen=True)
 class Run:
     "One training run, as its folder tells it."
@@ -174,7 +174,7 @@ class Run:
         r = self.record
         return f"Run({self.folder.name}: {r['method']['name']} on {r['data']['name']}, {len(self.history)} epochs, {r['status']})"
 
-
+# %% ../../nbs/4_training/04_runs.ipynb #e8179d66
 def open_run(
     folder: str | Path,  # a run folder
 ) -> Run:  # the run
@@ -215,7 +215,7 @@ def run_folder(
         raise AdaptkitError(f"Cannot make the run folder {folder}: {e.strerror}. Choose one you may write to.") from e
     return folder
 
-# %% ../../nbs/4_training/04_runs.ipynb #30f0de48
+# %% ../../nbs/4_training/04_runs.ipynb #509f6387
 def draw_run(
     events: list[dict[str, Any]],  # from events.jsonl
     ledger: list[dict[str, Any]],  # from ledger.json
@@ -248,7 +248,7 @@ def draw_run(
     draw_ledger(right, ledger)
     return figure
 
-
+# %% ../../nbs/4_training/04_runs.ipynb #556edb43
 def draw_ledger(
     ax: Any,  # matplotlib axes
     ledger: list[dict[str, Any]],  # rows with epoch, stage, trainable, moved

@@ -166,7 +166,7 @@ def plan_record(
     "The settings of a plan that change its result."
     return {k: v for k, v in asdict(plan).items() if k != "checkpoint_every"}
 
-# %% ../../nbs/4_training/08_session.ipynb #c7c2b082
+# %% ../../nbs/4_training/08_session.ipynb #a441c219
 def obey(
     s: Session,
     control: Control,  # what somebody wants
@@ -180,7 +180,7 @@ def obey(
         elif action.name == "unfreeze":
             unfreeze(s, str(action.value))
 
-
+# %% ../../nbs/4_training/08_session.ipynb #4a2e09ee
 def unfreeze(
     s: Session,
     stage: str,  # a stage of the backbone
@@ -200,7 +200,7 @@ def unfreeze(
     set_learning(s.model, s.groups, s.epoch)
     s.move_cut()
 
-
+# %% ../../nbs/4_training/08_session.ipynb #004e4c29
 def epoch_batches(
     s: Session,
     control: Control,
