@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## make .venv and install everything into it
 
 demo: $(STAMP)  ## adapt an ImageNet network to solar cells: notebook, report and model in runs/demo
-	@$(BIN)/adaptkit run nbs/seven_steps.ipynb -o runs/demo/seven_steps.ipynb -p out runs/demo $(DEMO)
+	@$(BIN)/adaptkit run nbs/seven_steps.ipynb -o runs/demo/seven_steps.ipynb -p out runs/demo -p size 224 -p views 4 -p epochs 6 $(DEMO)
 	@echo "Everything is in runs/demo: open runs/demo/report.html in a browser, or the executed notebook with  make lab"
 
 test: $(STAMP)  ## run every test: the package, the rules of the house, every page

@@ -51,7 +51,7 @@ def toy_model(
     "A small network for the toy task."
     return build_model("small_cnn", data, size=32, seed=0)
 
-# %% ../nbs/0_core/70_contracts.ipynb #9e23d464
+# %% ../nbs/0_core/70_contracts.ipynb #d4bf8f3d
 def check_method(
     method: Method,  # yours
     *,
@@ -72,7 +72,7 @@ def check_method(
         history = runs[0].history
         after, again = (run.model.state_dict() for run in runs)
     name, first, last = method.name, history[0]["loss"], history[-1]["loss"]
-    check(last < first, f"{name}: the loss doesn't fall on the toy task ({first:.3g} to {last:.3g}).")
+    check(last < 0.95 * first, f"{name}: the loss doesn't fall on the toy task ({first:.3g} to {last:.3g}).")
     check(
         same(before, model.state_dict()),
         f"{name}: the model that was passed in has changed; prepare must work on what it gets and return it.",
@@ -84,7 +84,7 @@ def check_method(
     check_finish(method, model)
     return history
 
-# %% ../nbs/0_core/70_contracts.ipynb #82eb2bb9
+# %% ../nbs/0_core/70_contracts.ipynb #e8940193
 def check_finish(
     method: Method,  # yours
     model: Model,  # left as it is
@@ -110,7 +110,7 @@ def same(
     "Whether two state dicts hold the same bits."
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
-# %% ../nbs/0_core/70_contracts.ipynb #7ab52b14
+# %% ../nbs/0_core/70_contracts.ipynb #9e8c6506
 @torch.no_grad()
 def check_backbone(
     backbone: Backbone,  # yours
@@ -142,7 +142,7 @@ def check_backbone(
         f"{backbone.name}: the source record lacks origin or licence.",
     )
 
-# %% ../nbs/0_core/70_contracts.ipynb #541e4aae
+# %% ../nbs/0_core/70_contracts.ipynb #071859db
 def check_data_source(
     make: Callable[[], Data],  # yours; called twice
 ) -> None:

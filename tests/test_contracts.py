@@ -36,6 +36,13 @@ def test_data_sources_that_are_here(name):
     check_data_source(lambda: load_data(name))
 
 
+class Lazy(FineTune):
+    "Takes no step."
+
+    def step(self, model, optimizer):
+        pass
+
+
 class Leaky(FineTune):
     "Moves a frozen weight."
 
@@ -61,7 +68,7 @@ class Moody(FineTune):
         return {"noise": super().loss(network, batch)["cross-entropy"] * float(1 + 0.1 * np.random.default_rng().random())}
 
 
-@pytest.mark.parametrize("method, words", [(Leaky(depth=0), "moved all the same"), (Forgetful(head_rate=1e-2), "finish changes"), (Moody(head_rate=1e-2), "same seed differ")])
+@pytest.mark.parametrize("method, words", [(Lazy(), "doesn't fall"), (Leaky(depth=0), "moved all the same"), (Forgetful(head_rate=1e-2), "finish changes"), (Moody(head_rate=1e-2), "same seed differ")])
 def test_broken_methods_are_caught(method, words):
     with pytest.raises(AdaptkitError, match=words):
         check_method(method)
