@@ -26,7 +26,7 @@ from adaptkit.training.control import Control, EarlyStop, Event, When, check_obs
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import NonFiniteLoss, fit
 from adaptkit.training.methods import one_cycle
-from adaptkit.training.runs import Run, load_checkpoint, open_run, read_lines, save_checkpoint
+from adaptkit.training.runs import Run, load_checkpoint, open_run, optimizer_tensors, read_lines, restore_optimizer, save_checkpoint
 from adaptkit.training.session import Plan, epoch_order, fingerprint
 
 PLAN = Plan(epochs=2, batch_size=8, views=2, augment=Augment(hflip=True), accelerator="cpu")
@@ -365,6 +365,29 @@ def test_resuming_something_else_is_refused(data, model, tmp_path):
         fit(model, data, TUNE, plan=dataclasses.replace(PLAN, checkpoint_every=2), observers=[Crash()], out=tmp_path / "run")
     with pytest.raises(AdaptkitError, match="other data, model, method or plan"):
         fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=5), out=tmp_path / "run", exists="resume")
+
+
+def test_the_optimizers_memory_comes_back_in_the_layout_of_its_parameter(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+
+    def step(conv, optimizer):
+        conv(torch.linspace(0, 1, 2 * 3 * 6 * 7).reshape(2, 3, 6, 7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    conv, optimizer = made()
+    step(conv, optimizer)
+    save_checkpoint(tmp_path / "c.safetensors", {**conv.state_dict(), **optimizer_tensors(optimizer)}, {})
+    again, fresh = made()
+    tensors, _ = load_checkpoint(tmp_path / "c.safetensors")
+    again.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("optimizer.")})
+    restore_optimizer(fresh, tensors)
+    for pair in ((conv, optimizer), (again, fresh)):
+        step(*pair)
+    assert torch.equal(conv.weight, again.weight) and torch.equal(conv.bias, again.bias)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
