@@ -26,7 +26,15 @@ from adaptkit.training.control import Control, EarlyStop, Event, When, check_obs
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import NonFiniteLoss, fit
 from adaptkit.training.methods import one_cycle
-from adaptkit.training.runs import Run, load_checkpoint, open_run, optimizer_tensors, read_lines, restore_optimizer, save_checkpoint
+from adaptkit.training.runs import (
+    Run,
+    load_checkpoint,
+    open_run,
+    optimizer_tensors,
+    read_lines,
+    restore_optimizer,
+    save_checkpoint,
+)
 from adaptkit.training.session import Plan, epoch_order, fingerprint
 
 PLAN = Plan(epochs=2, batch_size=8, views=2, augment=Augment(hflip=True), accelerator="cpu")
