@@ -251,18 +251,21 @@ def draw_run(
     draw_ledger(right, ledger)
     return figure
 
-# %% ../../nbs/4_training/04_runs.ipynb #556edb43
+# %% ../../nbs/4_training/04_runs.ipynb #680eb960
 def draw_ledger(
     ax: Any,  # matplotlib axes
     ledger: list[dict[str, Any]],  # rows with epoch, stage, trainable, moved
 ) -> None:
     "Stages from bottom to top, epochs from left to right, coloured by how far they moved."
+    from matplotlib.colors import PowerNorm
+
     stages = list(dict.fromkeys(r["stage"] for r in ledger))
     epochs = sorted({r["epoch"] for r in ledger})
     grid = [[next(r["moved"] for r in ledger if r["stage"] == s and r["epoch"] == e) for e in epochs] for s in stages]
     ax.set_facecolor("#bdbdbd")
     shown = torch.tensor(grid)
-    ax.imshow(shown.masked_fill(shown == 0, float("nan")), aspect="auto", origin="lower", cmap="Blues", vmin=0)
+    colours = PowerNorm(0.4, vmin=0)  # small movements are the interesting ones
+    ax.imshow(shown.masked_fill(shown == 0, float("nan")), aspect="auto", origin="lower", cmap="Blues", norm=colours)
     ax.set(yticks=range(len(stages)), xticks=range(len(epochs)), title="Who moved (grey: frozen)", xlabel="epoch")
     ax.set_yticklabels(stages, fontsize=7)
     ax.set_xticklabels([e + 1 for e in epochs])
