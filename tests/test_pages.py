@@ -12,7 +12,7 @@ from conftest import ROOT, running
 from adaptkit.notebooks.tree import pages
 
 PAGES = [p.as_posix() for p in pages(ROOT / "nbs")]
-LIMIT = 180  # seconds a page may take on two slow cores
+LIMIT = 400  # seconds a page may take with one thread on a busy machine; alone, each takes about a minute
 
 
 @pytest.mark.pages
