@@ -57,7 +57,7 @@ lint: $(STAMP)  ## ruff on the pages, the package and the tests
 types: $(STAMP)  ## mypy --strict on the package
 	@$(BIN)/mypy --strict adaptkit
 
-benchmark: $(STAMP)  ## compare with what you would use instead (about an hour; results in benchmarks/results)
+benchmark: $(STAMP)  ## compare with what you would use instead (long; results in benchmarks/results)
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet -c constraints.txt -e '.[dev,benchmark]'
 	@$(BIN)/python benchmarks/run.py $(BENCHMARK)
 
