@@ -45,7 +45,7 @@ docs-serve: $(STAMP)  ## show the built site at http://127.0.0.1:8000 (PORT=... 
 export: $(STAMP)  ## after editing a page: format and strip it, write the package, the sidebar and README.md
 	@$(BIN)/ruff check --quiet --fix nbs
 	@$(BIN)/ruff format --quiet nbs
-	@$(BIN)/nbstripout $(PAGES)
+	@$(BIN)/nbstripout --keep-id $(PAGES)
 	@$(BIN)/nbdev_export
 	@$(BIN)/python -m adaptkit.notebooks.site sidebar
 	@$(BIN)/python -m adaptkit.notebooks.site readme

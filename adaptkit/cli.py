@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.training.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'main', 'adapt', 'adapted', 'run', 'summary']
+__all__ = ['app', 'main', 'adapt', 'adapted', 'run', 'summary', 'doctor']
 
 # %% ../nbs/0_core/80_commands.ipynb #2646fdbc
 @click.group()
@@ -29,9 +29,11 @@ def app() -> None:
 
 def main() -> None:
     "Run the command line; an error that the user can mend is one sentence, exit status 1."
+    from adaptkit.notebooks.runner import PageError
+
     try:
         app()
-    except AdaptkitError as e:
+    except (AdaptkitError, PageError) as e:
         print(f"adaptkit: {e}", file=sys.stderr)
         raise SystemExit(1) from None
 
@@ -74,9 +76,9 @@ def adapted(
     data: Data,  # its classes are the model's
     *,
     depth: int,  # stages that learn
-    epochs: int,
-    batch_size: int,
-    seed: int,
+    epochs: int,  # passes over the training images
+    batch_size: int,  # images in one step
+    seed: int,  # of everything that is random
     out: Path | None,  # run folder
     exists: str,  # "refuse", "replace" or "resume"
 ) -> Run:
@@ -122,3 +124,12 @@ def summary(
     cells = [c for c in nbformat.read(executed, as_version=4).cells if "summary" in c.metadata.get("tags", [])]
     streams = [o.text for c in cells for o in c.get("outputs", []) if o.output_type == "stream" and o.name == "stdout"]
     return "".join(streams).splitlines()
+
+# %% ../nbs/0_core/80_commands.ipynb #0da80c01
+@app.command()
+def doctor() -> None:
+    "Show what is here, what is missing, and the command that brings it."
+    from adaptkit.doctor import examine
+
+    for finding in examine():
+        print(finding, flush=True)

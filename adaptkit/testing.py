@@ -5,6 +5,7 @@
 # %% ../nbs/0_core/70_contracts.ipynb #c1813ec4
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +16,18 @@ import torch
 from torch import Tensor
 
 from .core.registry import check
-from .data.datasets import Data, Samples, Source
+from .data.datasets import SPLITS, Data, Samples, Source
 from .data.images import Augment
 from .evaluation.metrics import Predictions
-from .heads.heads import Model, build_model
-from .models.stages import Backbone
+from .heads.heads import Model, Named, build_model
+from .models.stages import Backbone, evaluating
 from .training.loop import fit
 from .training.methods import Method, check_answers
 from .training.session import Plan
 
 # %% auto #0
-__all__ = ['toy_data', 'toy_model', 'check_method', 'check_finish', 'same', 'check_backbone', 'check_data_source', 'check_metric']
+__all__ = ['toy_data', 'toy_model', 'check_method', 'check_finish', 'same', 'check_backbone', 'check_head', 'check_data_source',
+           'check_metric']
 
 # %% ../nbs/0_core/70_contracts.ipynb #4976da3f
 def toy_data(
@@ -36,13 +38,13 @@ def toy_data(
     "Dark and bright noise: a task that every method must learn."
     rng = np.random.default_rng(seed)
 
-    def some(rows: int) -> Samples:
+    def some(split: str, rows: int) -> Samples:
         labels = np.arange(rows) % 2
         pixels = rng.integers(0, 120, (rows, 24, 20, 3)) + 110 * labels[:, None, None, None]
-        return Samples(pixels.astype(np.uint8), labels.astype(np.int64))
+        return Samples(pixels.astype(np.uint8), labels.astype(np.int64), [f"{split} {i}" for i in range(rows)])
 
-    source = Source("toy", "Apache-2.0", "made by adaptkit.testing")
-    return Data("toy", ("dark", "bright"), some(n), some(n // 3), some(n // 3), source, seed)
+    splits = [some(split, rows) for split, rows in zip(SPLITS, (n, n // 3, n // 3), strict=True)]
+    return Data("toy", ("dark", "bright"), *splits, Source("toy", "Apache-2.0", "made by adaptkit.testing"), seed)
 
 
 def toy_model(
@@ -89,12 +91,13 @@ def check_finish(
     method: Method,  # yours
     model: Model,  # left as it is
 ) -> None:
-    "Raise if `finish` changes what the model answers."
-    import copy
-
+    "Raise if `finish` changes what the model answers; weights are moved first, or an adapter that starts at zero would pass."
+    generator = torch.Generator().manual_seed(0)
     ready = method.prepare(copy.deepcopy(model)).eval()
-    x = torch.rand(3, 3, model.size, model.size)
+    x = torch.rand(3, 3, model.size, model.size, generator=generator)
     with torch.no_grad():
+        for p in (p for g in method.groups(ready) for p in g.module.parameters()):
+            p += 0.01 * torch.randn(p.shape, generator=generator)
         before = ready(x)
         after = method.finish(ready).eval()(x)
     check(
@@ -111,19 +114,16 @@ def same(
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 # %% ../nbs/0_core/70_contracts.ipynb #9e8c6506
-@torch.no_grad()
 def check_backbone(
     backbone: Backbone,  # yours
 ) -> None:
     "Raise unless `backbone` keeps the promises of a backbone."
-    was_training = backbone.training
-    backbone.eval()
-    x = torch.rand(3, 3, backbone.size, backbone.size)
-    whole, z = backbone(x), x
-    for i in range(len(backbone.stages)):
-        z = backbone(z, start=i, stop=i + 1)
-    alone = backbone(x[1:2])
-    backbone.train(was_training)
+    x = torch.rand(3, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    with evaluating(backbone):
+        whole, z = backbone(x), x
+        for i in range(len(backbone.stages)):
+            z = backbone(z, start=i, stop=i + 1)
+        alone = backbone(x[1:2])
     tolerance = 1e-4 * float(whole.abs().max())
     check(
         float((whole - z).abs().max()) <= tolerance,
@@ -141,6 +141,27 @@ def check_backbone(
         bool(backbone.source.origin and backbone.source.licence),
         f"{backbone.name}: the source record lacks origin or licence.",
     )
+
+# %% ../nbs/0_core/70_contracts.ipynb #fdcc194f
+def check_head(
+    name: str,  # as registered in HEADS
+    *,
+    backbone: Backbone | None = None,  # whose last map it gets; None: that of a small network
+) -> None:
+    "Raise unless the head of this name keeps the promises of a head."
+    model = build_model(backbone or "small_cnn", Named(("a", "b", "c")), head=name, seed=0)
+    x = torch.rand(4, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
+    with evaluating(model):
+        maps = model.backbone(x)
+        whole, alone = model.head(maps), model.head(maps[1:2])
+    check(
+        whole.shape == (4, 3), f"{name}: four images and three classes need logits [4, 3]; found {list(whole.shape)}."
+    )
+    apart = float((whole[1:2] - alone).abs().max())
+    check(apart <= 1e-4, f"{name}: an image's logits depend on its neighbours in the batch (by {apart:.2g}).")
+    model.head.train()(maps).square().sum().backward()
+    idle = [n for n, p in model.head.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    check(not idle, f"{name}: {', '.join(idle)} get no gradient, so they can never learn.")
 
 # %% ../nbs/0_core/70_contracts.ipynb #071859db
 def check_data_source(

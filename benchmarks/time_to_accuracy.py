@@ -8,9 +8,10 @@ Four contestants, same split, same backbone (EfficientNet-Lite0, ImageNet), same
     logistic    logistic regression on frozen features (scikit-learn)
 
 Each runs in a process of its own, one after the other. The clock counts everything a user waits for except the evaluation after each epoch, which is the same for all and
-is used for nothing but this table. A contestant ends with the epoch that reaches the target, or with its last one (--epochs).
+is used for nothing but this table. Each contestant spends its whole budget: adaptkit the six epochs of the demo, the two loops --epochs. The time that counts is that of the first epoch at or
+past the target, the accuracy that counts is that of the last one.
 
-    python benchmarks/time_to_accuracy.py [--only adaptkit plain ...] [--seed 0] [--epochs 12] [--out benchmarks/results/time_to_accuracy.json]
+    python benchmarks/time_to_accuracy.py [--only adaptkit plain ...] [--seed 0] [--epochs 16] [--out benchmarks/results/time_to_accuracy.json]
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import tempfile
 import time
 from pathlib import Path
 
-TARGET = 0.8842
 RESULTS = Path(__file__).parent / "results" / "time_to_accuracy.json"
 
 
@@ -40,13 +40,12 @@ class Clock:
     def resume(self) -> None:
         self.since = time.perf_counter()
 
-    def row(self, right) -> bool:
-        "Record an epoch, given which test images were classified rightly; True when the target is reached."
+    def row(self, right) -> None:
+        "Record an epoch, given which test images were classified rightly."
         self.rows.append(
             {"seconds": round(self.spent, 1), "accuracy": float(right.mean()), "right": right.astype(int).tolist()}
         )
         print(f"  {self.rows[-1]['seconds']:7.1f} s  {100 * right.mean():.2f} %", file=sys.stderr, flush=True)
-        return bool(right.mean() >= TARGET)
 
 
 def adaptkit(seed: int, epochs: int) -> list[dict]:
@@ -170,8 +169,7 @@ def plain(seed: int, epochs: int) -> list[dict]:
             loss.backward()
             optimizer.step()
         clock.pause()
-        if clock.row(right_ones(model, test)):
-            break
+        clock.row(right_ones(model, test))
         clock.resume()
     return clock.rows
 
@@ -202,7 +200,7 @@ def lightning(seed: int, epochs: int) -> list[dict]:
     class Watch(L.Callback):
         def on_train_epoch_end(self, trainer, module):
             clock.pause()
-            trainer.should_stop = clock.row(right_ones(module, test))
+            clock.row(right_ones(module, test))
             module.train()
             clock.resume()
 
@@ -254,19 +252,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(CONTESTANTS[args.worker](args.seed, args.epochs)))
         return
+    from adaptkit.training.runs import surroundings
+
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:
         print(name, file=sys.stderr)
         command = [sys.executable, __file__, "--worker", name, "--seed", str(args.seed), "--epochs", str(args.epochs)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.setdefault(name, {})[str(args.seed)] = json.loads(done.stdout.splitlines()[-1])
+        results["where"] = surroundings()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results) + "\n")
 

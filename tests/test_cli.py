@@ -78,12 +78,29 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(words, told, tmp_path):
     done = shell("adapt", *words, cwd=tmp_path)
     assert done.returncode == 1 and told in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_refuses_a_misspelt_parameter_before_it_starts(tmp_path):
     done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-p", "epoch", "3", "-o", "out.ipynb", cwd=tmp_path)
     assert done.returncode == 1 and "Did you mean 'epochs'" in done.stderr and not (tmp_path / "out.ipynb").exists()
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = shell("doctor", cwd=tmp_path)
+    lines = {line.split(maxsplit=3)[2 if " extra " not in line else 3].split()[0]: line for line in done.stdout.splitlines()}
+    assert done.returncode == 0, done.stderr
+    assert lines["elpv"].startswith("ok") and lines["torchmetrics"].startswith("ok")
+    assert lines["cifar10"].startswith("--") and "download=True" in lines["cifar10"]
+
+
+@pytest.mark.parametrize("words, told", [(("data", "nowhere"), "Unknown data set 'nowhere'"), (("epochs", "-1"), "epochs=-1")])
+def test_a_page_that_stops_is_one_sentence_and_its_copy_stays(words, told, tmp_path):
+    done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-p", *words, "-o", "out.ipynb", cwd=tmp_path)
+    assert done.returncode == 1 and told in done.stderr and "out.ipynb" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "AdaptkitError" in (tmp_path / "out.ipynb").read_text() and not (tmp_path / "runs").exists()
 
 
 SETTINGS = {"backbone": "small_cnn", "epochs": "6", "views": "1", "size": "32", "batch_size": "8", "out": "result", "depth": "3"}

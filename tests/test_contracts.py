@@ -11,8 +11,9 @@ import torch
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.sources import load_data
 from adaptkit.evaluation.metrics import METRICS
+from adaptkit.heads.heads import HEADS
 from adaptkit.models.backbones import BACKBONES, load_backbone
-from adaptkit.testing import check_backbone, check_data_source, check_method, check_metric, toy_data
+from adaptkit.testing import check_backbone, check_data_source, check_head, check_method, check_metric, toy_data
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.methods import METHODS
 
@@ -24,6 +25,52 @@ def test_methods(name):
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_backbones(name):
     check_backbone(load_backbone(name, size=64))
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_heads(name):
+    check_head(name)
+
+
+class Gossip(torch.nn.Module):
+    "Lets the images of a batch talk to each other."
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.layer(x.mean((2, 3)) - x.mean((0, 2, 3)))
+
+
+class Sleeper(Gossip):
+    "Owns a weight that it never uses."
+
+    def __init__(self, width, classes):
+        super().__init__(width, classes)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.layer(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("head, words", [(Gossip, "neighbours"), (Sleeper, "unused get no gradient")])
+def test_broken_heads_are_caught(head, words, monkeypatch):
+    monkeypatch.setitem(HEADS.items, "broken", head)
+    with pytest.raises(AdaptkitError, match=words):
+        check_head("broken")
+
+
+def test_a_plugin_of_another_package_is_found(monkeypatch):
+    from importlib import metadata
+
+    entry = metadata.EntryPoint("theirs", "adaptkit.heads.layers:linear_head", "adaptkit.head")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [entry] if group == "adaptkit.head" else [])
+    try:
+        assert "theirs" in HEADS and "theirs" in list(HEADS)
+        check_head("theirs")
+    finally:
+        HEADS.items.pop("theirs", None)
 
 
 @pytest.mark.parametrize("name", list(METRICS))

@@ -95,6 +95,42 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     assert (read_image(tmp_path / "e.png", channels=1)[..., 0] == original).all()
 
 
+@pytest.mark.parametrize("at_least", [0, 32])
+def test_a_turned_photograph_is_upright_at_every_scale(tmp_path: Path, at_least: int) -> None:
+    "A JPEG may be decoded at a fraction of its size; it has to be turned all the same."
+    original = np.zeros((240, 400), np.uint8)
+    original[:120, :200] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(original, 1))).save(tmp_path / "e.jpg", exif=exif, quality=95)
+    found = read_image(tmp_path / "e.jpg", at_least=at_least, channels=1)[..., 0]
+    h, w = found.shape
+    assert w > h and (h < 240) == bool(at_least)
+    assert found[: h // 2 - 2, : w // 2 - 2].min() > 200 and found[h // 2 + 2 :].max() < 50
+
+
+def test_16_bits_in_colour(tmp_path: Path) -> None:
+    "Pillow reads 16-bit colour with 8 bits a channel; a PNG written by hand shows that it scales and doesn't clip."
+    import struct
+    import zlib
+
+    pixels = np.arange(10 * 12 * 3, dtype=np.uint16).reshape(10, 12, 3) * 182  # up to 65,338
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 12, 10, 16, 2, 0, 0, 0)
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    found = read_image(tmp_path / "c.png").astype(int)
+    assert found.shape == (10, 12, 3) and abs(found - np.rint(pixels / 257)).max() <= 1
+
+
+def test_files_that_would_start_other_programs_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "e.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n")
+    assert "not an image in a format" in problem(tmp_path / "e.png")
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
     Image.fromarray(ramp()).save(tmp_path / "e.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01")

@@ -1,6 +1,7 @@
 "Ready-made data, folders, tables, and everything that can be wrong with them."
 
 import gzip
+import json
 import os
 import struct
 import sys
@@ -308,6 +309,59 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 def test_class_with_too_few_images(tmp_path: Path, n: int) -> None:
     with pytest.raises(AdaptkitError, match=rf"Class 'b' has too few usable images \({n}\): train"):
         load_data(folder(tmp_path, a=9, b=n))
+
+
+def test_the_path_of_a_table_is_enough(tmp_path: Path) -> None:
+    folder(tmp_path, a=9, b=9)
+    rows = [f"{p.relative_to(tmp_path).as_posix()},{p.parent.name}" for p in sorted(tmp_path.rglob("*.png"))]
+    path = table(tmp_path / "mine.csv", rows)
+    assert load_data(path).fingerprint == load_data(tmp_path, labels_csv=path).fingerprint
+    with pytest.raises(AdaptkitError, match="There is no table .*yours.csv"):
+        load_data(tmp_path / "yours.csv")
+
+
+@pytest.mark.parametrize("tops", [("Train", "Test"), ("TRAINING", "val", "Testing")])
+def test_split_folders_in_any_case(tmp_path: Path, tops: tuple[str, ...]) -> None:
+    for top in tops:
+        folder(tmp_path / top, a=9, b=9)
+    data = load_data(tmp_path)
+    assert data.classes == ("a", "b") and len(data.test) == 18
+
+
+def test_split_folders_without_train(tmp_path: Path) -> None:
+    for top in ("val", "test"):
+        folder(tmp_path / top, a=9, b=9)
+    with pytest.raises(AdaptkitError, match="folders for test and val, but none called train"):
+        load_data(tmp_path)
+
+
+def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(AdaptkitError, match="There is no folder"):
+        load_data(f"{tmp_path}/{'x' * 300}")
+    with pytest.raises(AdaptkitError, match="no folder"):
+        load_data("~nobody-of-that-name/pictures")
+
+
+def test_a_loop_of_links_in_a_table(tmp_path: Path) -> None:
+    folder(tmp_path / "a", a=9, b=9)
+    (tmp_path / "a" / "loop.png").symlink_to(tmp_path / "a" / "pool.png")
+    (tmp_path / "a" / "pool.png").symlink_to(tmp_path / "a" / "loop.png")
+    with pytest.raises(AdaptkitError, match="loop.png"):
+        load_data(tmp_path / "a", labels_csv=table(tmp_path / "t.csv", ["a/000.png,a", "loop.png,b"]), max_unreadable=0.0)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.1, 0.1), (0.5, 0.5), (0.75, 0, 0.25), (0, 0.5, 0.5), (1.2, -0.1, -0.1)])
+def test_shares_that_are_none(shares: tuple[float, ...]) -> None:
+    with pytest.raises(AdaptkitError, match="shares are"):
+        load_data("digits", shares=shares)
+
+
+@pytest.mark.parametrize(("change", "says"), [({"seed": None}, "needs 'seed'"), ({"splits": {"train": ["0"], "valid": [], "test": []}}, "no image into valid and test")])
+def test_a_stored_division_that_is_damaged(tmp_path: Path, change: dict, says: str) -> None:
+    path = save_split(load_data("digits"), tmp_path / "split.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AdaptkitError, match=says):
+        load_data("digits", split=path)
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.images import Augment, Preprocess
+from adaptkit.data.sources import load_data
 from adaptkit.models.backbones import load_backbone
 from adaptkit.testing import check_method, toy_data, toy_model
 from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views, half
@@ -206,6 +207,34 @@ def test_a_half_written_entry_is_never_used(data, trunk, tmp_path, monkeypatch):
     assert np.load(cache.entry(data.train, VIEWS, 1, trunk)).shape[0] == len(data.train)
 
 
+def test_an_entry_that_was_cut_short_is_made_again(data, trunk, tmp_path):
+    cache = TrunkCache(tmp_path)
+    path = cache.entry(data.train, VIEWS, 1, trunk)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:20], b""):
+        path.write_bytes(damaged)
+        assert cache.entry(data.train, VIEWS, 1, trunk).read_bytes() == whole
+
+
+def test_an_entry_that_is_evicted_while_it_is_read(data, trunk, tmp_path):
+    order = np.arange(len(data.train))
+    stream = Stream(data.train, VIEWS, trunk, TrunkCache(tmp_path)).batches(order, 8)
+    first = next(stream)
+    for path in tmp_path.glob("*.npy"):
+        path.unlink()
+    assert len(first) == 8 and [len(batch) for batch in stream] == [8] * 5
+
+
+def test_equal_weights_in_another_architecture_are_another_entry(trunk):
+    from adaptkit.training.cache import trunk_fingerprint
+
+    backbone = load_backbone("efficientnet_lite0", pretrained=False, size=32).eval()
+    before = trunk_fingerprint(backbone, 3)
+    conv = next(m for m in backbone.stages[2].modules() if isinstance(m, torch.nn.Conv2d))
+    conv.padding = (3, 3)
+    assert trunk_fingerprint(backbone, 3) != before
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_falls_back_with_a_sentence(data, trunk, tmp_path, monkeypatch, code):
     import adaptkit.training.cache as module
@@ -357,6 +386,124 @@ def test_killed_twice_and_resumed_gives_the_same_bits(tmp_path):
     assert whole.startswith("fingerprint")
 
 
+def test_killed_while_the_model_is_kept(data, model, tmp_path, monkeypatch):
+    "A model file alone doesn't make a finished run: what died between two files is finished by resuming."
+    import adaptkit.training.loop as module
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    whole = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "whole")
+    with monkeypatch.context() as m:
+        real = module.describe_run
+        m.setattr(module, "describe_run", lambda s, c, status, why="": dies() if status in ("done", "failed") else real(s, c, status, why))
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, data, TUNE, plan=PLAN, out=tmp_path / "cut")
+    assert (tmp_path / "cut" / "model.safetensors").exists() and Run(tmp_path / "cut").record["status"] == "running"
+    again = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "cut", exists="resume")
+    assert again.record["status"] == "done" and fingerprint(again.model) == fingerprint(whole.model)
+    assert [e["loss"] for e in again.events] == [e["loss"] for e in whole.events] and again.ledger == whole.ledger
+
+
+class PowerCut:
+    "Raises after so many batches; somebody has turned the knobs a little before."
+
+    on = (When.STEP,)
+
+    def __init__(self, control, at):
+        self.control, self.at = control, at
+
+    def __call__(self, event):
+        if event.step == 3:
+            self.control.pause()
+            self.control.resume()
+        if event.step == 7:
+            self.control.rate(0.25)
+        if event.step == self.at:
+            raise RuntimeError("power cut")
+
+
+def test_what_was_done_after_the_last_checkpoint_is_done_again(data, model, tmp_path):
+    plan = dataclasses.replace(PLAN, checkpoint_every=5)
+    hand, other = Control(), Control()
+    whole = fit(model, data, TUNE, plan=plan, control=hand, observers=[PowerCut(hand, at=99)], out=tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=plan, control=other, observers=[PowerCut(other, at=9)], out=tmp_path / "cut")
+    again = fit(model, data, TUNE, plan=plan, out=tmp_path / "cut", exists="resume", observers=[])
+    assert fingerprint(again.model) == fingerprint(whole.model)
+    assert again.record["actions"] == whole.record["actions"] and [a["name"] for a in again.record["actions"]] == ["pause", "resume", "rate"]
+
+
+def test_a_stop_that_is_due_at_once_after_resuming(data, model, tmp_path):
+    plan, hand = dataclasses.replace(PLAN, checkpoint_every=3), Control()
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=plan, control=hand, observers=[PowerCut(hand, at=4)], out=tmp_path / "run")
+    again = Control()
+    again.stop("enough")
+    run = fit(model, data, TUNE, plan=plan, control=again, out=tmp_path / "run", exists="resume")
+    assert run.record["status"] == "stopped" and len([e for e in run.events if e["when"] == "step"]) == 3
+
+
+def test_observers_know_after_resuming_what_they_would_know(data, model, tmp_path):
+    class Listener:
+        on = (When.START, When.EPOCH, When.END)
+
+        def __init__(self, dies=False):
+            self.heard, self.dies = [], dies
+
+        def __call__(self, event):
+            self.heard.append((event.when.value, event.epoch))
+            if self.dies and event.epoch == 1:
+                raise RuntimeError("power cut")
+
+    first, second = Listener(dies=True), Listener()
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=3), observers=[first], out=tmp_path / "run")
+    assert first.heard[-1][0] == "end"  # however the run ended
+    fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=3), observers=[second], out=tmp_path / "run", exists="resume")
+    assert [e for e in second.heard if e[0] == "epoch"] == [("epoch", 0), ("epoch", 1), ("epoch", 2)]
+
+
+def test_early_stop_ends_a_run_and_forgets_it(data, model, tmp_path):
+    patience = EarlyStop("valid_loss", patience=1, lower_is_better=False)  # a falling loss is no improvement here
+    for name in "ab":
+        run = fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=6), observers=[patience], out=tmp_path / name)
+        assert run.record["status"] == "stopped" and "valid_loss has not improved" in run.record["why"]
+        assert 1 < len(run.history) < 6
+
+
+def test_a_pause_holds_the_run_and_not_the_program(data, model, tmp_path):
+    import threading
+
+    control = Control()
+    control.pause()
+    worker = threading.Thread(target=fit, args=(model, data, TUNE), kwargs=dict(plan=PLAN, control=control, observers=[], out=tmp_path / "run"))
+    worker.start()
+    while not (tmp_path / "run" / "run.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert Run(tmp_path / "run").events == [] and worker.is_alive()
+    with pytest.raises(AdaptkitError, match="Unknown stage"):
+        control.unfreeze("no such stage")  # refused where it was typed; the run is unharmed
+    control.resume()
+    worker.join(60)
+    assert Run(tmp_path / "run").record["status"] == "done"
+
+
+def test_one_control_steers_one_run(data, model, tmp_path):
+    control = Control()
+    fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=1), control=control, out=tmp_path / "a")
+    with pytest.raises(AdaptkitError, match="steered a run already"):
+        fit(model, data, TUNE, plan=PLAN, control=control, out=tmp_path / "b")
+
+
+def test_it_trains_on_whatever_device_is_there(data, model, tmp_path):
+    "On a machine with a GPU this is the test that the ledger, the checkpoint and the cache live with it."
+    run = fit(model, data, TUNE, plan=dataclasses.replace(PLAN, accelerator="auto", checkpoint_every=4), out=tmp_path / "run")
+    assert run.record["status"] == "done" and run.record["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    assert run.ledger and run.record["seconds"] > 0
+
+
 def test_killed_before_the_first_checkpoint(tmp_path):
     killed_at(2, tmp_path / "cut", tmp_path)
     assert killed_at(None, tmp_path / "cut", tmp_path).split()[1] == killed_at(None, tmp_path / "whole", tmp_path).split()[1]
@@ -373,6 +520,20 @@ def test_resuming_something_else_is_refused(data, model, tmp_path):
         fit(model, data, TUNE, plan=dataclasses.replace(PLAN, checkpoint_every=2), observers=[Crash()], out=tmp_path / "run")
     with pytest.raises(AdaptkitError, match="other data, model, method or plan"):
         fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=5), out=tmp_path / "run", exists="resume")
+
+
+def test_a_finished_run_is_not_taken_for_another(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    assert fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run", exists="resume").record == run.record
+    with pytest.raises(AdaptkitError, match="other data, model, method or plan"):
+        fit(model, data, TUNE, plan=dataclasses.replace(PLAN, epochs=5), out=tmp_path / "run", exists="resume")
+
+
+def test_the_division_is_stored_with_the_run(tmp_path):
+    data = load_data("digits", seed=3)
+    run = fit(toy_model(data), data, FineTune(depth=0), plan=dataclasses.replace(PLAN, epochs=1, batch_size=64), out=tmp_path / "run")
+    again = load_data("digits", seed=4, split=run.folder / "split.json")
+    assert again.fingerprint == data.fingerprint == run.record["data"]["fingerprint"]
 
 
 def test_the_optimizers_memory_comes_back_in_the_layout_of_its_parameter(tmp_path):
@@ -422,7 +583,7 @@ def test_non_finite_loss_names_step_rows_and_module(data, model, tmp_path):
 # --- bad input ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [{"epochs": -1}, {"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"accumulate": 0}, {"views": 0}, {"seed": -1}, {"warmup": 1.0}])
+@pytest.mark.parametrize("setting", [{"epochs": -1}, {"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"accumulate": 0}, {"views": 0}, {"seed": -1}, {"warmup": 1.0}, {"precision": "float8"}, {"accelerator": "gpus"}, {"fit": "stretch"}])
 def test_a_nonsense_plan_is_refused_by_name(setting):
     with pytest.raises(AdaptkitError, match=next(iter(setting))):
         Plan(**setting)
@@ -465,6 +626,59 @@ def test_no_permission_to_write(data, model, tmp_path):
         fit(model, data, TUNE, plan=PLAN, out=tmp_path / "file" / "run")
 
 
+def test_no_right_to_write(data, model, tmp_path, monkeypatch):
+    "Whoever runs the tests may be root, who may write anywhere: so the refusal is played."
+
+    def refused(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(AdaptkitError, match="Cannot make the run folder .*Permission denied.*may write to"):
+        fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    with pytest.raises(AdaptkitError, match="Cannot make the cache folder .*Permission denied.*ADAPTKIT_CACHE"):
+        TrunkCache(tmp_path / "no").entry(data.train, VIEWS, 1, Trunk(load_backbone("efficientnet_lite0", pretrained=False, size=32).eval(), 3))
+
+
+def test_a_run_that_cannot_start_leaves_the_old_one_alone(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run")
+    before = run.record
+    with pytest.raises(AdaptkitError, match="has 3 stages"):
+        fit(model, data, FineTune(depth=40), plan=PLAN, out=tmp_path / "run", exists="replace")
+    assert run.record == before and run.model.classes == data.classes
+
+
+def test_resuming_nothing_in_particular_is_refused(data, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdaptkitError, match="say which one with out"):
+        fit(model, data, TUNE, plan=PLAN, exists="resume")
+
+
+def test_a_disk_that_fills_up_while_weights_are_written(tmp_path):
+    from safetensors import SafetensorError
+
+    from adaptkit.models.sources import write_weights
+
+    write_weights(tmp_path / "w.safetensors", {"w": torch.ones(3)})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("safetensors.torch.save_file", lambda *_, **__: (_ for _ in ()).throw(SafetensorError("I/O error: No space left on device (os error 28)")))
+        with pytest.raises(AdaptkitError, match="w.safetensors.*No space left.*untouched"):
+            write_weights(tmp_path / "w.safetensors", {"w": torch.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(("augment", "views"), [(Augment(hflip=False), [0, 0, 0]), (Augment(hflip=True), [0, 1, 0]), (Augment(hflip=True, vflip=True), [0, 1, 2]), (Augment(hflip=False, rotate=5), [0, 1, 2])])
+def test_no_view_is_stored_twice(augment, views):
+    assert [Views(Preprocess(32), augment, 4).number(epoch) for epoch in range(3)] == views
+
+
+def test_parts_of_killed_processes_are_swept_away(data, trunk, tmp_path):
+    for name, age in ((".old.npy.abcd.part", 2 * 24 * 3600), (".new.npy.abcd.part", 60)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    TrunkCache(tmp_path).entry(data.train, VIEWS, 0, trunk)
+    assert [p.name for p in tmp_path.glob(".*.part")] == [".new.npy.abcd.part"]
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(AdaptkitError, match="not a run folder"):
         open_run(tmp_path)
@@ -484,4 +698,4 @@ def test_the_run_is_a_readable_record(data, model, tmp_path):
     record = run.record
     assert record["data"]["fingerprint"] == data.fingerprint and record["plan"]["epochs"] == 2
     assert 0 < record["seconds"] < time.time() - started + 1
-    assert {p.name for p in run.folder.iterdir()} == {"run.json", "events.jsonl", "ledger.json", "model.safetensors", "model.json"}
+    assert {p.name for p in run.folder.iterdir()} == {"run.json", "split.json", "events.jsonl", "ledger.json", "model.safetensors", "model.json"}

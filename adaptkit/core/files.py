@@ -74,9 +74,11 @@ def digest(
     h = hashlib.sha256()
     for part in parts:
         if hasattr(part, "tobytes"):
-            part = f"{part.dtype}{part.shape}".encode() + part.tobytes()
-        elif not isinstance(part, bytes):
-            part = json.dumps(part, sort_keys=True, default=str).encode()
+            part = f"array {part.dtype}{part.shape}".encode() + part.tobytes()
+        elif isinstance(part, bytes):
+            part = b"bytes " + part
+        else:
+            part = b"json " + json.dumps(part, sort_keys=True, default=str).encode()
         h.update(len(part).to_bytes(8, "big") + part)
     return h.hexdigest()[:16]
 
@@ -87,6 +89,9 @@ def inside(
 ) -> Path:  # absolute, links resolved
     "Join `name` to `root`, or raise if the result would lie outside it (also through a symbolic link)."
     base = Path(root).resolve()
-    path = (base / name).resolve()
+    try:
+        path = (base / name).resolve()
+    except (OSError, RuntimeError, ValueError) as e:  # a loop of links, a NUL byte, too long a name
+        raise AdaptkitError(f"{name[:80]!r} is no usable path inside {root}: {e}.") from e
     check(path.is_relative_to(base), f"{name!r} leaves the folder {root}: only paths inside it are allowed.")
     return path

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import digest
+from ..core.progress import progress
 from ..core.registry import check, unknown
 from .images import Pixels, Preprocess, preprocess, read_image
 
@@ -83,7 +84,8 @@ def content(
     "Digest of every byte of every image, in order; names and places don't count."
     if isinstance(items, np.ndarray):
         return digest(items)
-    return digest(list(in_threads(lambda path: digest(path.read_bytes()), items)))
+    found = in_threads(lambda path: digest(path.read_bytes()), items)
+    return digest(list(progress(found, "fingerprinting", total=len(items))))
 
 # %% ../../nbs/1_data/10_datasets.ipynb #89b2b984
 @dataclass(frozen=True, eq=False, repr=False)
@@ -186,7 +188,7 @@ def batches(
     check(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1.")
     check(start >= 0, f"start is {start}: it must be 0 or more.")
     wrong = rows[(rows < 0) | (rows >= len(samples))]
-    check(len(wrong) == 0, f"Row {wrong[:1]} isn't there: the rows go from 0 to {len(samples) - 1}.")
+    check(len(wrong) == 0, f"Row {wrong[:1].tolist()} isn't there: the rows go from 0 to {len(samples) - 1}.")
     firsts = range(start * batch_size, len(rows), batch_size)
     return ahead_of(partial(make_batch, samples, rows[i : i + batch_size], spec=spec) for i in firsts)
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import numpy as np
 
 from ..core.files import inside
+from ..core.progress import progress
 from ..core.registry import AdaptkitError, check
 from .datasets import Data, Samples, Source, in_threads
 from .images import problem
@@ -108,7 +109,12 @@ def scan(
     root: Path,  # an existing folder
 ) -> list[Entry]:
     "Read labels (and splits) off the names of the folders."
-    divided_already = any((root / name).is_dir() for name in ("train", "training"))
+    top = {name.lower() for name in os.listdir(root) if not hidden(name) and os.path.isdir(root / name)}
+    divided_already = bool(top & {"train", "training"})
+    check(
+        divided_already or not top or not top <= SPLIT_NAMES.keys(),
+        f"{root} has folders for {' and '.join(sorted(top))}, but none called train: add one, or name the folders after classes.",
+    )
     depth = 2 if divided_already else 1  # folders above an image
     entries = []
     for name, wrong in walk(root):
@@ -196,8 +202,8 @@ def set_aside(
     "Separate what can be read from what can't; too much of the latter is an error."
     check(0 <= most <= 1, f"max_unreadable is {most}: it is a share, between 0 and 1.")
     flaws = in_threads(lambda e: e.flaw or (problem(root / e.name) if verify else ""), entries)
-    pairs = list(zip(entries, flaws, strict=True))
-    bad = [(e.name, wrong) for e, wrong in pairs if wrong]
+    pairs = list(zip(entries, progress(flaws, "reading images", total=len(entries)), strict=True))
+    bad = [(e.name.encode(errors="backslashreplace").decode(), wrong) for e, wrong in pairs if wrong]
     examples = "; ".join(f"{name}: {wrong}" for name, wrong in bad[:3])
     check(
         len(bad) <= most * len(pairs),
@@ -212,11 +218,11 @@ def offered(
     table: Path | None,  # a table of labels; None = root/labels.csv if there is one
 ) -> list[Entry]:  # of at least two classes
     "What a folder offers, by its table or by the names of its folders."
-    check(not root.is_file(), f"{root} is a file: give the folder that holds the images.")
-    check(root.is_dir(), f"There is no folder {root}: check the path (relative paths start at {Path.cwd()}).")
-    check(table is None or table.is_file(), f"There is no table {table}: check labels_csv.")
+    check(not os.path.isfile(root), f"{root} is a file: give the folder that holds the images.")
+    check(os.path.isdir(root), f"There is no folder {root}: check the path (relative paths start at {Path.cwd()}).")
+    check(table is None or os.path.isfile(table), f"There is no table {table}: check labels_csv.")
     table = table or root / "labels.csv"
-    entries = read_table(root, table) if table.is_file() else scan(root)
+    entries = read_table(root, table) if os.path.isfile(table) else scan(root)
     check(bool(entries), f"{root} holds no images: put them into one folder per class, or list them in labels.csv.")
     labels = sorted({e.label for e in entries if e.label})
     check(
@@ -240,8 +246,8 @@ def load_folder(
     citation: str = "",  # whom to thank
 ) -> Data:
     "Load your own images."
-    root = Path(root).expanduser()
-    entries = offered(root, Path(labels_csv).expanduser() if labels_csv else None)
+    root = Path(os.path.expanduser(root))
+    entries = offered(root, Path(os.path.expanduser(labels_csv)) if labels_csv else None)
     classes = ordered(e.label for e in entries if e.label)
     usable, bad = set_aside(entries, root, verify=verify, most=max_unreadable)
     labels, names = np.array([classes.index(e.label) for e in usable], np.int64), [e.name for e in usable]

@@ -5,6 +5,7 @@
 # %% ../../nbs/1_data/05_images.ipynb #e37985e7
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 from ..core.registry import AdaptkitError, check
 
 # %% auto #0
-__all__ = ['Pixels', 'MOST_PIXELS', 'LEAST_SIDE', 'check_size', 'to_8_bit', 'on_white', 'decode', 'reason', 'read_image',
-           'problem', 'Preprocess', 'preprocess', 'mixed', 'uniforms', 'Augment', 'moved', 'augment']
+__all__ = ['Pixels', 'MOST_PIXELS', 'LEAST_SIDE', 'FORMATS', 'check_size', 'to_8_bit', 'on_white', 'decode', 'reason',
+           'read_image', 'problem', 'Preprocess', 'preprocess', 'mixed', 'uniforms', 'Augment', 'moved', 'augment']
 
 # %% ../../nbs/1_data/05_images.ipynb #7d109582
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # 0 is black, 255 is white
@@ -29,6 +30,18 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]  # 0 is black, 255 is white
 # %% ../../nbs/1_data/05_images.ipynb #afda9d62
 MOST_PIXELS = 100_000_000  # an image that claims more is taken for a decompression bomb
 LEAST_SIDE = 8  # pixels; what is smaller shows nothing
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "JPEG2000",
+    "TGA",
+    "ICO",
+)  # not those that start other programs, as EPS does
 
 # %% ../../nbs/1_data/05_images.ipynb #70c3e096
 def check_size(
@@ -69,7 +82,7 @@ def decode(
     at_least: int = 0,  # pixels; a JPEG may be decoded at a half, a quarter or an eighth of its size while both sides keep this; 0 = full size
 ) -> Image.Image:  # first frame, upright, mode "L" or "RGB"
     "Open, check, decode and straighten one image."
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         check_size(image.size)
         if at_least:
             image.draft(None, (at_least, at_least))
@@ -191,6 +204,12 @@ class Augment:
     def flips(self) -> tuple[int, ...]:
         "Axes that may be flipped (-1 = left-right, -2 = top-bottom), in the order in which the bits of a view use them."
         return tuple(axis for axis, on in ((-1, self.hflip), (-2, self.vflip)) if on)
+
+    @property
+    def distinct(self) -> float:
+        "How many different views there are: flips alone soon repeat themselves, anything else never does."
+        more = self.rotate or self.shift or self.zoom or self.brightness or self.contrast
+        return math.inf if more else 2 ** len(self.flips)
 
 # %% ../../nbs/1_data/05_images.ipynb #e95974f0
 def moved(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import inspect
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -229,17 +230,19 @@ def load_cifar10(
 def loader(
     name_or_path: str | Path,  # what the reader typed
 ) -> Callable[..., Data]:  # takes the options
-    "A name in the registry wins; what looks like a path, or exists, is a folder."
-    text, path = str(name_or_path), Path(name_or_path).expanduser()
+    "A name in the registry wins; what looks like a path, or exists, is a folder, or a table beside its images."
+    text, path = str(name_or_path), Path(os.path.expanduser(name_or_path))
     if isinstance(name_or_path, str) and text in DATASETS:
         return DATASETS[text]
-    if path.is_dir() or isinstance(name_or_path, Path) or any(c in text for c in "/\\~."):
+    if path.suffix.lower() in (".csv", ".tsv") and not os.path.isdir(path):
+        return partial(load_folder, path.parent, labels_csv=path)
+    if os.path.isdir(path) or isinstance(name_or_path, Path) or any(c in text for c in "/\\~."):
         return partial(load_folder, path)
     raise AdaptkitError(f"{unknown('data set', text, DATASETS)} There is no folder of that name either.")
 
 # %% ../../nbs/1_data/15_sources.ipynb #a2d2fe97
 def load_data(
-    name_or_path: str | Path,  # a name in DATASETS, or a folder of images
+    name_or_path: str | Path,  # a name in DATASETS, a folder of images, or a table (.csv, .tsv) that lies in one
     *,
     seed: int = 0,  # of the division into train, valid and test
     labels_csv: str | Path | None = None,  # table with the columns file and label, for a folder

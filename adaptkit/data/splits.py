@@ -5,6 +5,7 @@
 # %% ../../nbs/1_data/12_splits.ipynb #56b2f955
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from ..core.registry import check
 from .datasets import SPLITS, Data, Rows, Samples, Source
 
 # %% auto #0
-__all__ = ['SHARES', 'pattern', 'repaired', 'split_rows', 'save_split', 'joined', 'load_split', 'shares_left', 'rows_of',
-           'divided']
+__all__ = ['SHARES', 'pattern', 'repaired', 'check_shares', 'split_rows', 'save_split', 'joined', 'load_split', 'shares_left',
+           'rows_of', 'divided']
 
 # %% ../../nbs/1_data/12_splits.ipynb #d98b513b
 def pattern(
@@ -58,6 +59,14 @@ def repaired(
     return split
 
 # %% ../../nbs/1_data/12_splits.ipynb #89b327cd
+def check_shares(
+    shares: Sequence[float],  # train, valid, test
+) -> None:
+    "Raise unless these are shares of a whole."
+    fine = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
+    check(fine, f"shares are {tuple(shares)}: three numbers, none negative, that add up to 1.")
+
+
 def split_rows(
     labels: Rows,  # [N], classes
     *,
@@ -67,8 +76,7 @@ def split_rows(
     classes: Sequence[str] = (),  # names of the classes, for the error
 ) -> tuple[Rows, Rows, Rows]:  # row numbers of train, valid, test, each ascending
     "Divide rows at random, keeping the proportions of the classes (and strata) in every split."
-    fine = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
-    check(fine, f"shares are {tuple(shares)}: three numbers, none negative, that add up to 1.")
+    check_shares(shares)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     keys = (
         [labels[shuffled]]
@@ -108,15 +116,21 @@ def load_split(
 ) -> Data:  # divided as stored
     "Divide data exactly as a stored split says."
     stored = read_json(path)
-    fine = isinstance(stored, dict) and set(stored.get("splits", ())) == set(SPLITS)
-    check(fine, f"{path} is not a stored split: it needs 'splits' with train, valid and test.")
+    fine = (
+        isinstance(stored, dict)
+        and set(stored.get("splits", ())) == set(SPLITS)
+        and isinstance(stored.get("seed"), int)
+    )
+    check(fine, f"{path} is not a stored split: it needs 'seed', and 'splits' with train, valid and test.")
+    empty = [split for split in SPLITS if not stored["splits"][split]]
+    check(not empty, f"{path} puts no image into {' and '.join(empty)}: each split needs some.")
     pool = joined(list(data.splits.values()))
     place = {pool.name(i): i for i in range(len(pool))}
     names = [name for split in SPLITS for name in stored["splits"][split]]
-    odd = sorted(set(names) ^ set(place)) or sorted(n for n in set(names) if names.count(n) > 1)
+    odd = sorted(set(names) ^ set(place)) or sorted(n for n, times in Counter(names).items() if times > 1)
     check(not odd, f"{path} divides other images than {data.name!r} holds: {len(odd)} don't match, e.g. {odd[:1]}.")
     train, valid, test = (pool.take([place[name] for name in stored["splits"][split]]) for split in SPLITS)
-    return replace(data, seed=int(stored["seed"]), train=train, valid=valid, test=test)
+    return replace(data, seed=stored["seed"], train=train, valid=valid, test=test)
 
 # %% ../../nbs/1_data/12_splits.ipynb #41893297
 SHARES = (0.65, 0.10, 0.25)  # train, valid, test
@@ -127,8 +141,10 @@ def shares_left(
     given: Collection[str],  # splits that the data bring along; empty = none
 ) -> list[float]:  # shares of the rows that are still to be divided; together 1
     "A split that is given takes nothing from train."
+    check_shares(shares)
     left = [0.0 if name in given and name != "train" else share for name, share in zip(SPLITS, shares, strict=True)]
-    check(sum(left) > 0, f"shares are {tuple(shares)}: train needs some of the images.")
+    hungry = [s for s, share in zip(SPLITS, left, strict=True) if share == 0 and (s == "train" or s not in given)]
+    check(not hungry, f"shares are {tuple(shares)}: {' and '.join(hungry)} needs some of the images.")
     return [share / sum(left) for share in left]
 
 # %% ../../nbs/1_data/12_splits.ipynb #efbd12ca

@@ -66,7 +66,8 @@ class Comparison:
 
     def __str__(self) -> str:
         points = f"{100 * self.difference:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
-        verdict = "chance alone explains it" if self.low <= 0 <= self.high else "hard to explain by chance"
+        unsure = self.p_value >= 0.05 if self.metric == "accuracy" else self.low <= 0 <= self.high
+        verdict = "chance alone explains it" if unsure else "hard to explain by chance"
         verdict = verdict if self.only_a or self.only_b else "no image tells them apart"
         return f"{self.metric}: {self.a:.1%} -> {self.b:.1%}, {points}, n = {self.n}; McNemar p = {self.p_value:.3g}; {verdict}."
 

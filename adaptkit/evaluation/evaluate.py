@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Data, Samples, batches
 from ..data.images import Preprocess
@@ -61,7 +63,8 @@ def outputs(
     with evaluating(nn.ModuleList(models)):
         folded = {id(m.backbone): fused(m.backbone) for m in models}
         trunks = [folded[id(m.backbone)] for m in models]
-        for batch in batches(samples, range(len(samples)), batch_size=batch_size, spec=spec):
+        read = batches(samples, range(len(samples)), batch_size=batch_size, spec=spec)
+        for batch in progress(read, "evaluating", total=math.ceil(len(samples) / batch_size)):
             x = batch.x.to(device)
             x = trunks[0](x, stop=fork) if fork else x
             for part, trunk, model in zip(collected, trunks, models, strict=True):

@@ -24,7 +24,7 @@ Row: TypeAlias = Mapping[str, Any]
 def seek(
     record: Row,  # nested dictionaries
     key: str,  # e.g. "seed"
-) -> Any:  # the first value under that name, the outermost first; None if there is none
+) -> Any:  # the first value under that name, searching depth first; None if there is none
     "Find a value in a nested record."
     if key in record:
         return record[key]

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.files import read_json, replacing, write_json
+from ..core.files import read_json, write_json
 from ..core.registry import AdaptkitError, check, unknown
 from ..models.backbones import load_backbone
-from ..models.sources import read_weights, sha256
+from ..models.sources import read_weights, sha256, write_weights
 from ..models.stages import Backbone, WeightSource
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def seeded(
 ) -> Iterator[None]:
     "PyTorch's CPU random numbers start at `seed` inside the block and continue afterwards as if nothing had happened."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the generators of a GPU
         yield
 
 # %% ../../nbs/3_heads/10_heads.ipynb #85249e13
@@ -148,6 +148,8 @@ def build_model(
 ) -> Model:
     "Put a backbone and a fresh head for the classes of `data` together."
     check(len(data.classes) >= 2, f"A classifier needs at least two classes; found {list(data.classes)}.")
+    by_name = isinstance(backbone, str) or (pretrained and weights is None and size is None)
+    check(by_name, "pretrained, weights and size are for a backbone by name: give them to load_backbone instead.")
     if isinstance(backbone, str):
         with seeded(seed):
             backbone = load_backbone(backbone, pretrained=pretrained, weights=weights, size=size)
@@ -185,16 +187,12 @@ def save_model(
     path: str | Path,  # a folder; made if missing
 ) -> Path:  # the folder
     "Write model.safetensors and model.json, each whole or not at all; the second names the checksum of the first."
-    from safetensors.torch import save_file
-
     check(
         bool(model.config),
         "Only a model made by build_model can be saved: this one has no description to rebuild it from.",
     )
     folder = Path(path)
-    with replacing(folder / "model.safetensors") as part:
-        save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, part)
-        checksum = sha256(part)
+    checksum = sha256(write_weights(folder / "model.safetensors", model.state_dict()))
     record = {
         "version": VERSION,
         "config": model.config,

@@ -15,9 +15,22 @@ from ..core.registry import Registry, check
 from ..models.stages import pooled
 
 # %% auto #0
-__all__ = ['HEADS', 'Pool', 'linear_head', 'mlp_head', 'Positions', 'conv_head', 'Cosine', 'cosine_head', 'dense_head']
+__all__ = ['HEADS', 'check_options', 'Pool', 'linear_head', 'mlp_head', 'Positions', 'conv_head', 'Cosine', 'cosine_head',
+           'Cells', 'dense_head']
 
 # %% ../../nbs/3_heads/05_layers.ipynb #239a5489
+def check_options(
+    *,
+    dropout: float = 0.0,  # 0 <= dropout < 1
+    hidden: int = 1,  # units or channels, > 0
+    scale: float = 1.0,  # of logits, > 0
+) -> None:
+    "Refuse options that no head can be built with."
+    check(0 <= dropout < 1, f"dropout={dropout}: it is a share, from 0 to below 1.")
+    check(hidden >= 1, f"hidden={hidden}: a hidden layer needs at least one unit.")
+    check(scale > 0, f"scale={scale}: it has to be above 0.")
+
+
 class Pool(nn.Module):
     "Global average pooling; features without positions pass through."
 
@@ -36,6 +49,7 @@ def linear_head(
     dropout: float = 0.0,  # share of features hidden while training, 0 <= dropout < 1
 ) -> nn.Module:
     "Pool, then one linear layer: what most fine-tuning uses."
+    check_options(dropout=dropout)
     return nn.Sequential(Pool(), nn.Dropout(dropout), nn.Linear(width, classes))
 
 # %% ../../nbs/3_heads/05_layers.ipynb #9b4b2f0a
@@ -48,6 +62,7 @@ def mlp_head(
     dropout: float = 0.0,  # share of hidden units switched off while training, 0 <= dropout < 1
 ) -> nn.Module:
     "Pool, then one hidden layer."
+    check_options(dropout=dropout, hidden=hidden)
     return nn.Sequential(Pool(), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
 
 # %% ../../nbs/3_heads/05_layers.ipynb #4c237457
@@ -71,6 +86,7 @@ def conv_head(
     dropout: float = 0.0,  # share of features hidden while training, 0 <= dropout < 1
 ) -> nn.Module:
     "A 3x3 convolution over the map, then pool, then a linear layer: looks at neighbours before positions are averaged away."
+    check_options(dropout=dropout, hidden=hidden)
     look = [nn.Conv2d(width, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()]
     return nn.Sequential(Positions(), *look, Pool(), nn.Dropout(dropout), nn.Linear(hidden, classes))
 
@@ -101,9 +117,27 @@ def cosine_head(
     scale: float = 10.0,  # of the logits at the start, > 0 (Gidaris and Komodakis, 2018)
 ) -> nn.Module:
     "Pool, then compare directions with one vector per class; good with few images per class."
+    check_options(scale=scale)
     return nn.Sequential(Pool(), Cosine(width, classes, scale=scale))
 
 # %% ../../nbs/3_heads/05_layers.ipynb #8decc599
+class Cells(nn.Module):
+    "Insist on a map of one size: a head that flattens it knows no other."
+
+    def __init__(
+        self,
+        cells: int,  # height times width
+    ) -> None:
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = f"found {list(x.shape)}: give images of the size the model was built for, or take 'linear' or 'mlp'."
+        fits = x.ndim == 4 and x.shape[2] * x.shape[3] == self.cells
+        check(fits, f"This head needs a map [B, C, h, w] with h * w = {self.cells}; {found}")
+        return x
+
+
 @HEADS.register("dense")
 def dense_head(
     width: int,  # channels of the last map
@@ -113,4 +147,7 @@ def dense_head(
     hidden: int = 64,  # units of the hidden layer, > 0
 ) -> nn.Module:
     "Flatten, no pooling, one hidden layer: the end of the small CNN of many tutorials."
-    return nn.Sequential(nn.Flatten(), nn.Linear(width * cells, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    check_options(hidden=hidden)
+    return nn.Sequential(
+        Cells(cells), nn.Flatten(), nn.Linear(width * cells, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    )

@@ -30,7 +30,7 @@ def conv_bn_pairs(
     def note(name: str, m: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(m, nn.Conv2d):
             made[id(out)] = (name, out)  # keeping the tensor keeps its id taken
-        elif id(args[0]) in made and m.running_mean is not None:
+        elif args and id(args[0]) in made and m.running_mean is not None:
             pairs.append((made[id(args[0])][0], name))
 
     seen = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
@@ -83,7 +83,7 @@ def fused(
     plain = copy.deepcopy(module).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     quick = copy.deepcopy(plain)
     x = probe_of(module) if probe is None else probe
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for conv, bn in conv_bn_pairs(quick, x):
             merge(quick, conv, bn)
         return quick if close(quick(x), plain(x), tolerance=1e-3) else plain

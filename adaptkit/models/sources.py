@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import urllib.error
 import urllib.request
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.files import replacing
 from ..core.registry import AdaptkitError, check
 from .cutting import TAIL
 from .stages import WeightSource
 
 # %% auto #0
-__all__ = ['read_weights', 'sha256', 'adopt', 'untrained', 'from_file', 'fetching', 'reach', 'normalisation', 'torchvision_net',
-           'timm_download', 'timm_net']
+__all__ = ['read_weights', 'write_weights', 'sha256', 'adopt', 'of_tensors', 'untrained', 'from_file', 'fetching', 'reach',
+           'normalisation', 'torchvision_net', 'timm_download', 'timm_net']
 
 # %% ../../nbs/2_models/08_sources.ipynb #0619f218
 def read_weights(
@@ -32,7 +34,7 @@ def read_weights(
     "Tensors from a local file. Code in a file is never run: safetensors, or PyTorch's loader restricted to tensors."
     from safetensors.torch import load_file
 
-    check(Path(path).is_file(), f"There is no weights file {path}.")
+    check(os.path.isfile(path), f"There is no weights file {path}.")
     try:
         read: Any = (
             load_file(path)
@@ -50,6 +52,25 @@ def read_weights(
     return tensors
 
 # %% ../../nbs/2_models/08_sources.ipynb #e8573439
+def write_weights(
+    path: str | Path,  # a .safetensors file; replaced whole or not at all
+    tensors: Mapping[str, Tensor],  # by name, on any device
+    *,
+    metadata: Mapping[str, str] | None = None,  # text that goes into the header
+) -> Path:  # the same path
+    "Write tensors as safetensors, atomically; a disk that is full is named in the error."
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    with replacing(path) as part:
+        try:
+            save_file(whole, part, metadata=dict(metadata or {}) or None)
+        except SafetensorError as e:
+            raise AdaptkitError(f"Cannot write {path}: {e}. What was there before is untouched.") from e
+    return Path(path)
+
+
 def sha256(
     path: str | Path,  # a file
 ) -> str:  # 64 hexadecimal digits
@@ -81,6 +102,18 @@ def adopt(
     net.load_state_dict(fitting, strict=False)
 
 # %% ../../nbs/2_models/08_sources.ipynb #c62995ac
+def of_tensors(
+    net: nn.Module,  # any
+) -> str:  # "sha256 of the tensors: " and 64 hexadecimal digits
+    "Checksum of what a network holds, where the file it came from is out of reach."
+    h = hashlib.sha256()
+    for name, t in sorted(net.state_dict().items()):
+        h.update(
+            f"{name} {t.dtype} {tuple(t.shape)} ".encode() + t.detach().cpu().contiguous().view(-1).numpy().tobytes()
+        )
+    return f"sha256 of the tensors: {h.hexdigest()}"
+
+
 def untrained(
     name: str,  # of the network
 ) -> WeightSource:
@@ -194,6 +227,7 @@ def timm_net(
         net = timm_download(name, hub, **options)
     else:
         net = timm.create_model(name, pretrained=False, **options)
+    checksum = of_tensors(net) if pretrained and not weights else ""
     norm = {"mean": cfg.mean, "std": cfg.std, "size": size or cfg.input_size[-1]}
     url, licence = f"https://huggingface.co/{hub}", cfg.license or "see its model card"
-    return net.eval(), norm, WeightSource(f"timm/{name}", f"timm, {hub}", licence, url=url)
+    return net.eval(), norm, WeightSource(f"timm/{name}", f"timm, {hub}", licence, checksum, url)

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.files import digest, replacing
+from ..core.progress import progress
+from ..core.registry import AdaptkitError
 from ..data.datasets import Batch, Samples, batches
 from ..data.images import Augment, Preprocess, augment
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from adaptkit.models.backbones import Backbone
 
 # %% auto #0
-__all__ = ['Views', 'trunk_fingerprint', 'TrunkCache', 'Trunk', 'write_features', 'half', 'Stream']
+__all__ = ['Views', 'trunk_fingerprint', 'TrunkCache', 'is_whole', 'by_age', 'Trunk', 'write_features', 'half', 'Stream']
 
 # %% ../../nbs/4_training/30_cache.ipynb #ca8a402f
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Views:
     seed: int = 0  # of the augmentation
 
     def number(self, epoch: int) -> int:
-        "The view that `epoch` (from 0) shows; view 0 is the unchanged image."
-        return epoch % self.count
+        "The view that `epoch` (from 0) shows; view 0 is the unchanged image. No two views of a cycle are the same picture."
+        return epoch % int(min(self.count, self.spec_augment.distinct))
 
     def make(self, batch: Batch, view: int) -> Tensor:
         "Pixels of a batch as this view shows them, [B, 3, S, S] in [0, 1]."
@@ -51,12 +56,13 @@ def trunk_fingerprint(
     backbone: Backbone,  # the network
     cut: int,  # stages below this one are the trunk
 ) -> str:  # 16 hexadecimal digits
-    "Fingerprint of every weight and buffer that the output of stage `cut - 1` depends on."
+    "Fingerprint of every module, weight and buffer that the output of stage `cut - 1` depends on."
+    parts = [(n, type(m).__name__, m.extra_repr()) for i in range(cut) for n, m in backbone.stages[i].named_modules()]
     tensors = {
         **_norm(backbone),
         **{f"{i}.{k}": v for i in range(cut) for k, v in backbone.stages[i].state_dict().items()},
     }
-    return digest(*[part for k, v in sorted(tensors.items()) for part in (k, v.detach().cpu().numpy())])
+    return digest(parts, *[part for k, v in sorted(tensors.items()) for part in (k, v.detach().cpu().numpy())])
 
 
 def _norm(backbone: Backbone) -> dict[str, Tensor]:
@@ -87,7 +93,7 @@ class TrunkCache:
         parts = (samples.fingerprint, trunk.fingerprint, asdict(views.spec), view)
         key = digest(*parts, *((asdict(views.spec_augment), views.seed) if view else ()), "float16")
         path = self.folder / f"{key}.npy"
-        if path.exists():
+        if is_whole(path):
             os.utime(path)
             return path
         try:
@@ -106,19 +112,52 @@ class TrunkCache:
 
     def _make_room(self, samples: Samples, trunk: Trunk, views: Views) -> None:
         need = len(samples) * int(np.prod(trunk.shape(views.spec.size))) * 2
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.folder).free < need + 200_000_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        entries = sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime)
-        total = sum(p.stat().st_size for p in entries) + need
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as e:
+            raise AdaptkitError(
+                f"Cannot make the cache folder {self.folder}: {e.strerror}. Pass cache='another/folder', or set ADAPTKIT_CACHE."
+            ) from e
+        for changed, _, part in by_age(self.folder, ".*.part"):
+            if time.time() - changed > 24 * 3600:  # left by a process that was killed
+                part.unlink(missing_ok=True)
+        entries = by_age(self.folder, "*.npy")
+        total = sum(size for _, size, _ in entries) + need
         while entries and total > self.limit * 1e9:
-            total -= entries[0].stat().st_size
-            entries.pop(0).unlink()
+            _, size, oldest = entries.pop(0)
+            total -= size
+            oldest.unlink(missing_ok=True)
+        if total > self.limit * 1e9 or shutil.disk_usage(self.folder).free < need + 200_000_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def __repr__(self) -> str:
         return f"TrunkCache(limit={self.limit:g} GB)"
 
 # %% ../../nbs/4_training/30_cache.ipynb #7357d095
+def is_whole(
+    path: Path,  # an .npy file, or nothing
+) -> bool:
+    "Whether there is an entry, with all the bytes that its header promises."
+    try:
+        np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return True
+
+
+def by_age(
+    folder: Path,  # of the cache
+    pattern: str,  # of file names
+) -> list[tuple[float, int, Path]]:  # time of the last use in seconds, bytes, file; the oldest first
+    "Files by age; one that another process takes away while we look is left out."
+    found = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    return sorted(found)
+
+
 def _disk_full(error: BaseException) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or getattr(error.__cause__, "errno", None) in full
@@ -143,7 +182,8 @@ class Trunk:
     def __call__(self, x: Tensor) -> Tensor:
         "Features of pixels [B, 3, S, S] in [0, 1]: the output of stage cut - 1."
         x = x.to(self.device).contiguous(memory_format=torch.channels_last)
-        return torch.as_tensor(self.net(x, stop=self.cut))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # rounding to float16 is enough
+            return torch.as_tensor(self.net(x, stop=self.cut))
 
     def shape(self, size: int) -> tuple[int, ...]:
         "Shape of one image's features, [C, h, w]."
@@ -163,7 +203,8 @@ def write_features(
     shape = (len(samples), *trunk.shape(views.spec.size))
     with path.open("wb") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for batch in batches(samples, np.arange(len(samples)), batch_size=batch_size, spec=views.spec):
+        read = batches(samples, np.arange(len(samples)), batch_size=batch_size, spec=views.spec)
+        for batch in progress(read, f"frozen stages, view {view}", total=math.ceil(len(samples) / batch_size)):
             z = trunk(views.make(batch, view))
             f.write(half(z).cpu().contiguous().numpy().tobytes())
 
@@ -204,6 +245,11 @@ class Stream:
             yield Batch(self.trunk(pixels) if self.trunk else pixels, batch.y, batch.index)
 
     def _stored(self, path: Path, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        for rows in np.split(order, range(batch_size, len(order), batch_size)):
-            x = torch.from_numpy(np.load(path, mmap_mode="r")[rows]).float()  # [B, C, h, w]
-            yield Batch(x, torch.from_numpy(self.samples.labels[rows]), torch.from_numpy(rows))
+        with path.open("rb") as f:  # held open: an entry that is evicted meanwhile stays readable
+            np.lib.format.read_magic(f)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+            start = f.tell()
+            for rows in np.split(order, range(batch_size, len(order), batch_size)):
+                stored = np.memmap(f, dtype, "r", start, shape)
+                x = torch.from_numpy(np.asarray(stored[rows])).float()  # [B, C, h, w]
+                yield Batch(x, torch.from_numpy(self.samples.labels[rows]), torch.from_numpy(rows))

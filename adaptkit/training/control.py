@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from ..core.registry import check
+from ..core.progress import somebody_watches
+from ..core.registry import check, unknown
 
 # %% auto #0
-__all__ = ['When', 'Event', 'Stop', 'Observer', 'check_observers', 'EarlyStop', 'somebody_watches', 'ProgressBar', 'Action',
-           'Control']
+__all__ = ['When', 'Event', 'Stop', 'Observer', 'check_observers', 'EarlyStop', 'ProgressBar', 'Action', 'Control']
 
 # %% ../../nbs/4_training/02_control.ipynb #b728faf1
 class When(StrEnum):
@@ -82,11 +80,14 @@ class EarlyStop:
     watch: str = "valid_loss"  # a value of the epoch events
     patience: int = 3  # epochs without improvement, at least 1
     lower_is_better: bool = True
-    on: Sequence[When] = (When.EPOCH,)
+    on: Sequence[When] = (When.START, When.EPOCH)
     best: float = math.inf  # in the direction of "lower is better"
     waited: int = 0  # epochs since the best one
 
     def __call__(self, event: Event) -> Stop | None:
+        if event.when is When.START:
+            self.best, self.waited = math.inf, 0
+            return None
         check(self.watch in event.values, f"EarlyStop watches {self.watch!r}; an epoch has: {', '.join(event.values)}.")
         value = event.values[self.watch] * (1 if self.lower_is_better else -1)
         self.waited = 0 if value < self.best else self.waited + 1
@@ -94,12 +95,6 @@ class EarlyStop:
         return Stop(f"{self.watch} has not improved for {self.waited} epochs") if self.waited >= self.patience else None
 
 # %% ../../nbs/4_training/02_control.ipynb #a1225b7d
-def somebody_watches() -> bool:
-    "Whether a person can be looking at our progress bars: a terminal or a live front end."
-    live = any(v in os.environ for v in ("JPY_SESSION_NAME", "VSCODE_PID"))
-    return os.environ.get("ADAPTKIT_PROGRESS") != "off" and (live or sys.stderr.isatty())
-
-
 @dataclass
 class ProgressBar:
     "One line with steps, speed, time left and the latest numbers; silent where nobody watches."
@@ -144,7 +139,19 @@ class Control:
         self._lock = threading.Lock()
         self._running = threading.Event()
         self._running.set()
+        self._stages: tuple[str, ...] | None = None  # of the model that is steered
         self.actions: list[Action] = []  # what was carried out, in order
+
+    def steer(self, stages: Iterable[str]) -> None:
+        "For `fit`: begin to steer a run of a model with these stages."
+        check(self._stages is None, "This Control has steered a run already: make a new one for each run.")
+        self._stages = tuple(stages)
+
+    def plan(self, actions: Iterable[Mapping[str, Any]]) -> None:
+        "For `fit`: repeat these, too, each at its step; what is planned already isn't planned twice."
+        for action in (Action(**a) for a in actions):
+            if action.name not in ("pause", "resume") and action not in self._planned:
+                self._planned.append(action)
 
     def rate(self, factor: float) -> None:
         "Multiply every learning rate of the plan by `factor` (0 to 100) from the next step on."
@@ -157,6 +164,8 @@ class Control:
 
     def unfreeze(self, stage: str) -> None:
         "Let one more stage of the backbone learn."
+        if self._stages is not None and stage not in self._stages:
+            raise unknown("stage", stage, self._stages)
         self._wish("unfreeze", stage)
 
     def stop(self, reason: str = "asked to stop") -> None:

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from ..core.files import write_json
 from ..core.registry import AdaptkitError, check
 from ..data.datasets import Batch, Data
+from ..data.splits import save_split
 from ..heads.heads import Model, save_model
 from .cache import TrunkCache
 from .control import Control, Event, Observer, ProgressBar, Stop, When, check_observers
 from .methods import Losses, Method, check_answers, check_gradients, set_learning
-from .runs import Run, append_line, run_folder, surroundings
-from .session import Plan, Session, checkpoint, epoch_batches, restore
+from .runs import Run, append_line, open_folder, read_lines, run_folder, surroundings
+from .session import Plan, Session, check_request, checkpoint, epoch_batches, request_of, restore
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # %% auto #0
-__all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit', 'make_fabric',
-           'check_fit', 'describe_data', 'describe_run', 'keep']
+__all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'remind', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit',
+           'make_fabric', 'check_fit', 'describe_data', 'describe_run', 'is_over', 'keep']
 
 # %% ../../nbs/4_training/10_loop.ipynb #09f4b7f5
 def train(
@@ -40,9 +41,8 @@ def train(
     observers: tuple[Observer, ...],  # watch
 ) -> None:
     "Train until the plan is done or somebody stops it."
-    tell(s, control, observers, When.START)
     while s.epoch < s.plan.epochs and not s.stopped:
-        epoch, started = s.epoch, time.perf_counter()
+        epoch, started, factor = s.epoch, time.perf_counter(), 0.0
         set_learning(s.model, s.groups, epoch)
         for batch in epoch_batches(s, control):
             loss = batch_loss(s, batch)
@@ -59,7 +59,6 @@ def train(
         if s.losses:
             s.ledger.close(epoch, s.model, s.groups, factor)
             close_epoch(s, control, observers, epoch, time.perf_counter() - started)
-    tell(s, control, observers, When.END)
 
 # %% ../../nbs/4_training/10_loop.ipynb #69a64cbc
 def batch_loss(
@@ -69,7 +68,10 @@ def batch_loss(
     "The method's loss, under this step's own random numbers; stops the run when it isn't finite."
     devices = [s.fabric.device] if s.fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(s.plan.seed * 1_000_003 + s.step)
+        seed = s.plan.seed * 1_000_003 + s.step
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         losses: Losses = s.method.loss(s.network, batch)
     loss = torch.stack(list(losses.values())).sum()
     if not math.isfinite(float(loss.detach())):
@@ -103,9 +105,21 @@ def close_epoch(s: Session, control: Control, observers: tuple[Observer, ...], e
     loss, accuracy = validate(s)
     mean = sum(s.losses) / len(s.losses)
     s.losses.clear()
+    write_json(s.folder / "ledger.json", s.ledger.rows)
     tell(s, control, observers, When.EPOCH, loss=mean, valid_loss=loss, valid_accuracy=accuracy, seconds=seconds)
 
 # %% ../../nbs/4_training/10_loop.ipynb #40eb4ba2
+def remind(s: Session, control: Control, observers: tuple[Observer, ...]) -> None:
+    "After resuming: tell observers of the epochs that an earlier process has seen, so that they know what they would know."
+    for row in read_lines(s.folder / "events.jsonl"):
+        values = {k: v for k, v in row.items() if k not in ("when", "epoch", "step")}
+        event = Event(When.EPOCH, row["epoch"], row["step"], s.per_epoch * s.plan.epochs, values)
+        for observer in observers if row["when"] == When.EPOCH else ():
+            answer = observer(event) if When.EPOCH in observer.on else None
+            if isinstance(answer, Stop):
+                control.stop(answer.reason)
+
+
 @torch.no_grad()
 def validate(s: Session) -> tuple[float, float]:
     "Mean cross-entropy and accuracy on the validation split."
@@ -165,17 +179,26 @@ def fit(
     watching = check_observers(observers if observers is not None else [ProgressBar()])
     check_fit(model, data, plan)
     folder = run_folder(out, f"{data.name}-{method.name}", exists)
-    if exists == "resume" and (folder / "model.safetensors").exists():
+    if exists == "resume" and is_over(folder):
+        check_request(folder, Run(folder).record["request"], request_of(model, data, method, plan))
         return Run(folder)
+    control.steer(model.backbone.stage_names)
     session = Session(model, data, method, plan, make_fabric(plan), folder, TrunkCache(cache))
+    open_folder(folder, fresh=exists == "replace")
     if exists == "resume":
         restore(session, control)
     describe_run(session, control, "running")
+    save_split(data, folder / "split.json")
     try:
+        tell(session, control, watching, When.START)
+        if exists == "resume":
+            remind(session, control, watching)
         train(session, control, watching)
     except BaseException as e:
         describe_run(session, control, "failed", why=f"{type(e).__name__}: {e}")
         raise
+    finally:
+        tell(session, control, watching, When.END)
     keep(session, control)
     return Run(folder)
 
@@ -227,9 +250,18 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
         "request": s.request,
     }
     used = {"data": describe_data(s.data), "model": s.model.config, "weights": asdict(s.model.backbone.source)}
-    write_json(s.folder / "run.json", {**told, **asked, **used, **surroundings()})
+    device = s.fabric.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    write_json(s.folder / "run.json", {**told, **asked, **used, **surroundings(), "device": name})
 
 # %% ../../nbs/4_training/10_loop.ipynb #16e11741
+def is_over(
+    folder: Path,  # of a run
+) -> bool:
+    "Whether a run has ended well; run.json says so last, when everything else is in its place."
+    return (folder / "run.json").exists() and Run(folder).record["status"] in ("done", "stopped")
+
+
 def keep(s: Session, control: Control) -> None:
     "Finish the method, write the model and the last records."
     model = s.method.finish(s.model).to("cpu").eval()

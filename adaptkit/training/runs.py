@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.files import read_json, replacing
+from ..core.files import read_json
 from ..core.registry import AdaptkitError, check
+from ..models.sources import write_weights
 
 if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
     from adaptkit.heads.heads import Model
 
 # %% auto #0
-__all__ = ['surroundings', 'save_checkpoint', 'load_checkpoint', 'optimizer_tensors', 'restore_optimizer', 'append_line',
-           'read_lines', 'Run', 'open_run', 'run_folder', 'draw_run', 'draw_ledger']
+__all__ = ['RUN_FILES', 'surroundings', 'save_checkpoint', 'load_checkpoint', 'optimizer_tensors', 'restore_optimizer',
+           'append_line', 'read_lines', 'Run', 'open_run', 'run_folder', 'open_folder', 'draw_run', 'draw_ledger']
 
 # %% ../../nbs/4_training/04_runs.ipynb #48e4288e
 def surroundings() -> dict[str, Any]:
@@ -65,11 +66,7 @@ def save_checkpoint(
     state: Mapping[str, Any],  # everything else, JSON-able
 ) -> None:
     "Write tensors and state as one safetensors file, atomically."
-    from safetensors.torch import save_file
-
-    whole = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-    with replacing(path) as part:
-        save_file(whole, part, metadata={"state": json.dumps(state)})
+    write_weights(path, tensors, metadata={"state": json.dumps(state)})
 
 
 def load_checkpoint(
@@ -81,7 +78,7 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["state"])
-    except (OSError, SafetensorError, KeyError, TypeError) as e:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise AdaptkitError(
             f"{path} is not a checkpoint of ours, or is damaged ({e}): delete it to start afresh."
         ) from e
@@ -190,9 +187,13 @@ def run_folder(
     out: str | Path | None,  # the folder, or None for the next free runs/<name>-<number>
     name: str,  # used when out is None
     exists: str,  # what to do with a run that is there already: "refuse", "replace" or "resume"
-) -> Path:  # made if it was missing
-    "The folder for a run."
+) -> Path:  # not made yet, and nothing in it touched
+    "Choose the folder for a run."
     check(exists in ("refuse", "replace", "resume"), f"exists={exists!r}: choose 'refuse', 'replace' or 'resume'.")
+    check(
+        out is not None or exists == "refuse",
+        f"exists={exists!r} is about a run that is there: say which one with out.",
+    )
     number = 1
     while out is None and Path(f"runs/{name}-{number}").exists():
         number += 1
@@ -202,21 +203,35 @@ def run_folder(
         not there or exists != "refuse",
         f"{folder} holds a run already: choose another folder, or exists='resume' or 'replace'.",
     )
-    if there and exists == "replace":
-        for f in (
-            "run.json",
-            "events.jsonl",
-            "ledger.json",
-            "checkpoint.safetensors",
-            "model.safetensors",
-            "model.json",
-        ):
-            (folder / f).unlink(missing_ok=True)
+    return folder
+
+
+RUN_FILES = (
+    "run.json",
+    "split.json",
+    "events.jsonl",
+    "actions.jsonl",
+    "ledger.json",
+    "checkpoint.safetensors",
+    "model.safetensors",
+    "model.json",
+    "evaluation.json",
+    "report.html",
+)
+
+
+def open_folder(
+    folder: Path,  # as run_folder chose it
+    *,
+    fresh: bool,  # whether what an earlier run left there goes
+) -> None:
+    "Make a run's folder; once the new run is sure to start, an old one may go."
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES if fresh else ():
+            (folder / name).unlink(missing_ok=True)
     except OSError as e:
         raise AdaptkitError(f"Cannot make the run folder {folder}: {e.strerror}. Choose one you may write to.") from e
-    return folder
 
 # %% ../../nbs/4_training/04_runs.ipynb #83835da4
 def draw_run(
@@ -259,6 +274,8 @@ def draw_ledger(
     "Stages from bottom to top, epochs from left to right, coloured by how far they moved."
     from matplotlib.colors import PowerNorm
 
+    if not ledger:
+        return
     stages = list(dict.fromkeys(r["stage"] for r in ledger))
     epochs = sorted({r["epoch"] for r in ledger})
     grid = [[next(r["moved"] for r in ledger if r["stage"] == s and r["epoch"] == e) for e in epochs] for s in stages]

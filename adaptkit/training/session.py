@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.files import digest
+from ..core.files import digest, replacing
 from ..core.registry import check, unknown
 from ..data.datasets import Batch, Data
 from ..data.images import Augment, Preprocess
 from ..heads.heads import Model
 from .cache import Stream, Trunk, TrunkCache, Views
-from .control import Control
+from .control import Action, Control
 from .methods import Ledger, Method, ParamGroup, one_cycle, parts, set_learning
 from .runs import append_line, load_checkpoint, optimizer_tensors, read_lines, save_checkpoint
 from .runs import restore_optimizer as put_back
@@ -31,10 +32,18 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # %% auto #0
-__all__ = ['Plan', 'epoch_order', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'obey', 'unfreeze', 'epoch_batches',
-           'checkpoint', 'restore']
+__all__ = ['CHOICES', 'Plan', 'epoch_order', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'request_of',
+           'check_request', 'obey', 'unfreeze', 'epoch_batches', 'checkpoint', 'restore']
 
 # %% ../../nbs/4_training/08_session.ipynb #52ce3e8d
+CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),
+    "fit": ("squash", "crop", "pad"),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     "How long and how a run goes."
@@ -68,8 +77,9 @@ class Plan:
                 f"{name}={value!r}: it has to be a whole number, at least {least}.",
             )
         check(0 <= self.warmup < 1, f"warmup={self.warmup!r}: it is a share of the run, from 0 to below 1.")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise unknown("optimizer", self.optimizer, ("adamw", "sgd"))
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
 
 # %% ../../nbs/4_training/08_session.ipynb #835f9233
 def epoch_order(
@@ -100,14 +110,14 @@ class Session:
         self.model = method.prepare(copy.deepcopy(model)).to(memory_format=torch.channels_last)
         self.model.preprocess = {"size": model.size, "fit": plan.fit}
         self.groups = list(method.groups(self.model))
-        self.ledger = Ledger(self.model)
-        self.request = digest(plan_record(plan), dict(method.config), data.fingerprint, fingerprint(model))
+        self.request = request_of(model, data, method, plan)
         self.per_epoch = len(data.train) // (plan.batch_size * plan.accumulate) * plan.accumulate
         self.step, self.factor, self.stopped = 0, 1.0, ""
         self.losses: list[float] = []  # of this epoch
         self.began = time.perf_counter()
         net, optimizer = fabric.setup(self.model, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = net, optimizer
+        self.ledger = Ledger(self.model)  # on the device where the weights are by now
         self.streams: dict[str, Stream] = {}
         self.cut = -1
         self.move_cut()
@@ -166,6 +176,29 @@ def plan_record(
     "The settings of a plan that change its result."
     return {k: v for k, v in asdict(plan).items() if k != "checkpoint_every"}
 
+
+def request_of(
+    model: Model,  # as it is before training
+    data: Data,
+    method: Method,
+    plan: Plan,
+) -> str:  # 16 hexadecimal digits
+    "Fingerprint of everything that was asked of a run: two runs with the same one must give the same result."
+    asked = (plan_record(plan), method.name, dict(method.config))
+    return digest(*asked, data.fingerprint, fingerprint(model))
+
+
+def check_request(
+    folder: Path,  # of the run that is there
+    found: str,  # what was asked of it
+    asked: str,  # what is asked now
+) -> None:
+    "Refuse to go on with somebody else's run."
+    check(
+        found == asked,
+        f"{folder} holds a run with other data, model, method or plan: resume it with the same ones, or choose another folder.",
+    )
+
 # %% ../../nbs/4_training/08_session.ipynb #a441c219
 def obey(
     s: Session,
@@ -173,6 +206,7 @@ def obey(
 ) -> None:
     "Carry out the actions that are due before this step."
     for action in control.due(s.step):
+        append_line(s.folder / "actions.jsonl", asdict(action))
         if action.name == "stop":
             s.stopped = str(action.value)
         elif action.name == "rate":
@@ -232,6 +266,7 @@ def checkpoint(s: Session, control: Control) -> None:
         "ledger": s.ledger.rows,
         "events": len(read_lines(s.folder / "events.jsonl")),
         "stopped": s.stopped,
+        "seconds": time.perf_counter() - s.began,
     }
     tensors = {f"model.{k}": v for k, v in s.model.state_dict().items()}
     save_checkpoint(s.folder / "checkpoint.safetensors", {**tensors, **optimizer_tensors(s.optimizer)}, state)
@@ -240,23 +275,23 @@ def checkpoint(s: Session, control: Control) -> None:
 def restore(s: Session, control: Control) -> None:
     "Go back to the last checkpoint of this folder, if there is one."
     path = s.folder / "checkpoint.safetensors"
+    taken = read_lines(s.folder / "actions.jsonl")
     if not path.exists():
         (s.folder / "events.jsonl").unlink(missing_ok=True)
+        control.plan(taken)
         return
     tensors, state = load_checkpoint(path)
-    check(
-        state["request"] == s.request,
-        f"{s.folder} holds a run with other data, model, method or plan: resume it with the same ones, or choose another folder.",
-    )
+    check_request(s.folder, state["request"], s.request)
     past = Control(replay=state["actions"])
     for s.step in sorted({a["step"] for a in state["actions"]}):
         obey(s, past)
-    control.actions[:0] = past.actions
+    control.actions[:0] = [Action(**a) for a in state["actions"]]
+    control.plan(a for a in taken if a["step"] >= state["step"])
     s.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     put_back(s.optimizer, tensors)
-    s.step, s.factor, s.losses, s.stopped = state["step"], state["factor"], state["losses"], ""
+    s.step, s.factor, s.losses, s.stopped = state["step"], state["factor"], state["losses"], state["stopped"]
     s.ledger.rows = state["ledger"]
+    s.began -= state["seconds"]
     rows = read_lines(s.folder / "events.jsonl")[: state["events"]]
-    (s.folder / "events.jsonl").unlink()
-    for row in rows:
-        append_line(s.folder / "events.jsonl", row)
+    with replacing(s.folder / "events.jsonl") as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
