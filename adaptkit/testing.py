@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core.registry import check
-from .data.datasets import SPLITS, Data, Samples, Source
+from .data.datasets import Data, Samples, Source
 from .data.images import Augment
 from .evaluation.metrics import Predictions
 from .heads.heads import Model, Named, build_model
@@ -43,8 +43,9 @@ def toy_data(
         pixels = rng.integers(0, 120, (rows, 24, 20, 3)) + 110 * labels[:, None, None, None]
         return Samples(pixels.astype(np.uint8), labels.astype(np.int64), [f"{split} {i}" for i in range(rows)])
 
-    splits = [some(split, rows) for split, rows in zip(SPLITS, (n, n // 3, n // 3), strict=True)]
-    return Data("toy", ("dark", "bright"), *splits, Source("toy", "Apache-2.0", "made by adaptkit.testing"), seed)
+    train, valid, test = some("train", n), some("valid", n // 3), some("test", n // 3)
+    source = Source("toy", "Apache-2.0", "made by adaptkit.testing")
+    return Data("toy", ("dark", "bright"), train, valid, test, source, seed)
 
 
 def toy_model(
@@ -97,7 +98,7 @@ def check_finish(
     x = torch.rand(3, 3, model.size, model.size, generator=generator)
     with torch.no_grad():
         for p in (p for g in method.groups(ready) for p in g.module.parameters()):
-            p += 0.01 * torch.randn(p.shape, generator=generator)
+            p.add_(0.01 * torch.randn(p.shape, generator=generator))
         before = ready(x)
         after = method.finish(ready).eval()(x)
     check(

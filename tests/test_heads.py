@@ -251,7 +251,7 @@ def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch):
     model, x = small(seed=1), torch.rand(2, 3, 32, 32)
     save_model(model, tmp_path)
 
-    def dying(tensors, path):
+    def dying(tensors, path, **_):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
