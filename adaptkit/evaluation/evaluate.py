@@ -48,7 +48,7 @@ def shared(
                 return i
     return len(first.stages)
 
-
+# %% ../../nbs/6a_evaluation/14_evaluate.ipynb #26d945d9
 def outputs(
     models: Sequence[Model],  # with one preprocessing and on one device; left as they are, whatever happens
     samples: Samples,  # N images

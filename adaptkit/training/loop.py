@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'remind', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit',
-           'make_fabric', 'check_fit', 'describe_data', 'describe_run', 'is_over', 'keep']
+           'attend', 'make_fabric', 'check_fit', 'describe_data', 'describe_run', 'is_over', 'keep']
 
 # %% ../../nbs/4_training/10_loop.ipynb #09f4b7f5
 def train(
@@ -189,18 +189,23 @@ def fit(
         restore(session, control)
     describe_run(session, control, "running")
     save_split(data, folder / "split.json")
-    try:
-        tell(session, control, watching, When.START)
-        if exists == "resume":
-            remind(session, control, watching)
-        train(session, control, watching)
-    except BaseException as e:
-        describe_run(session, control, "failed", why=f"{type(e).__name__}: {e}")
-        raise
-    finally:
-        tell(session, control, watching, When.END)
+    attend(session, control, watching, resumed=exists == "resume")
     keep(session, control)
     return Run(folder)
+
+# %% ../../nbs/4_training/10_loop.ipynb #c4ae18f2
+def attend(s: Session, control: Control, observers: tuple[Observer, ...], *, resumed: bool) -> None:
+    "Train; tell everybody how it begins and that it has ended, however it ends; record a failure."
+    try:
+        tell(s, control, observers, When.START)
+        if resumed:
+            remind(s, control, observers)
+        train(s, control, observers)
+    except BaseException as e:
+        describe_run(s, control, "failed", why=f"{type(e).__name__}: {e}")
+        raise
+    finally:
+        tell(s, control, observers, When.END)
 
 # %% ../../nbs/4_training/10_loop.ipynb #3b1d2830
 def make_fabric(plan: Plan) -> Fabric:

@@ -205,7 +205,7 @@ def run_folder(
     )
     return folder
 
-
+# %% ../../nbs/4_training/04_runs.ipynb #24827652
 RUN_FILES = (
     "run.json",
     "split.json",

@@ -99,14 +99,8 @@ class Session:
     def __init__(
         self, model: Model, data: Data, method: Method, plan: Plan, fabric: Fabric, folder: Path, cache: TrunkCache
     ) -> None:
-        self.data, self.method, self.plan, self.fabric, self.folder, self.cache = (
-            data,
-            method,
-            plan,
-            fabric,
-            folder,
-            cache,
-        )
+        self.data, self.method, self.plan = data, method, plan
+        self.fabric, self.folder, self.cache = fabric, folder, cache
         self.model = method.prepare(copy.deepcopy(model)).to(memory_format=torch.channels_last)
         self.model.preprocess = {"size": model.size, "fit": plan.fit}
         self.groups = list(method.groups(self.model))
