@@ -123,7 +123,7 @@ class TrunkCache:
                 part.unlink(missing_ok=True)
         entries = by_age(self.folder, "*.npy")
         total = sum(size for _, size, _ in entries) + need
-        while entries and total > self.limit * 1e9:
+        while entries and need <= self.limit * 1e9 < total:
             _, size, oldest = entries.pop(0)
             total -= size
             oldest.unlink(missing_ok=True)

@@ -182,8 +182,8 @@ def fit(
     if exists == "resume" and is_over(folder):
         check_request(folder, Run(folder).record["request"], request_of(model, data, method, plan))
         return Run(folder)
-    control.steer(model.backbone.stage_names)
     session = Session(model, data, method, plan, make_fabric(plan), folder, TrunkCache(cache))
+    control.steer(model.backbone.stage_names)
     open_folder(folder, fresh=exists == "replace")
     if exists == "resume":
         restore(session, control)
