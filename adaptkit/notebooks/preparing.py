@@ -24,7 +24,8 @@ from ..core.registry import AdaptkitError
 from .tree import pages
 
 # %% auto #0
-__all__ = ['UNRUN', 'OUTPUT', 'computes', 'prepare', 'readable', 'document', 'document_all', 'localised', 'texts', 'link_pages']
+__all__ = ['UNRUN', 'OUTPUT', 'computes', 'shown', 'prepare', 'readable', 'document', 'document_all', 'localised', 'texts',
+           'link_pages']
 
 # %% ../../nbs/8_notebooks/38_preparing.ipynb #7172d9cc
 UNRUN = "#| eval: false # for nbdev\n"
@@ -43,6 +44,15 @@ def computes(
     )
 
 
+def shown(
+    source: str,  # of a code cell
+) -> str:  # the same, to be shown with its code
+    "Let the site show the code of an exported cell beside its signature: the code is the lesson. Cells of imports stay out."
+    body = ast.parse(source).body if re.match(r"#\| *export\n", source) else []
+    code = any(isinstance(s, ast.FunctionDef | ast.ClassDef) for s in body)
+    return re.sub(r"\A#\| *export\n", "#| exports\n", source) if code else source
+
+
 def prepare(
     source: Path,  # pages, executed or not
     place: Path,  # where the copies go; emptied first
@@ -54,7 +64,7 @@ def prepare(
         nb = read_json(page)
         for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):
             text = re.sub(r"(?m)^if TYPE_CHECKING:", "if True:", "".join(cell["source"]))
-            cell["source"] = UNRUN + text if computes(text) else text
+            cell["source"] = UNRUN + text if computes(text) else shown(text)
         write_json(page, nb)
     return place
 
