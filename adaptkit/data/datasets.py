@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -96,15 +96,17 @@ class Samples:
     labels: Rows  # [N], numbers of the classes
     names: Sequence[str] = ()  # N names by which a stored split finds the images again; () = row numbers
 
+    kind: ClassVar[str] = "image"  # what an item is; a model says which kind it reads
+
     def __post_init__(self) -> None:
         n, labels, names = len(self.items), len(self.labels), len(self.names)
-        check(labels == n and names in (0, n), f"There are {n} images but {labels} labels and {names} names.")
+        check(labels == n and names in (0, n), f"There are {n} {self.kind}s but {labels} labels and {names} names.")
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __repr__(self) -> str:
-        return f"Samples({len(self)} images, {len(np.unique(self.labels))} classes)"
+        return f"Samples({len(self)} {self.kind}s, {len(np.unique(self.labels))} classes)"
 
     def name(self, i: int) -> str:
         "Name of image `i`."
@@ -153,7 +155,8 @@ def make_batch(
     spec: Preprocess,  # side and fit
 ) -> Batch:
     "Load some rows as one batch."
-    x = samples.load(rows, spec).float().div_(255)  # [B, 3, S, S]
+    x = samples.load(rows, spec)  # uint8 [B, 3, S, S], or whole numbers of another width
+    x = x.float().div_(255) if x.dtype == torch.uint8 else x
     return Batch(x, torch.from_numpy(samples.labels[rows]), torch.from_numpy(rows))
 
 # %% ../../nbs/1_data/10_datasets.ipynb #590dddf0
@@ -220,7 +223,11 @@ class Data:
     seed: int  # of the division
     unreadable: tuple[tuple[str, str], ...] = ()  # files set aside: name and reason
     task: str = "classification"
-    kind: str = "image"
+
+    @property
+    def kind(self) -> str:
+        "What the items are: `image` or `text`."
+        return self.train.kind
 
     @property
     def splits(self) -> dict[str, Samples]:
