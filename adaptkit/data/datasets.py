@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,8 @@ from ..core.registry import check, unknown
 from .images import Pixels, Preprocess, preprocess, read_image
 
 # %% auto #0
-__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Samples', 'Batch', 'make_batch', 'ahead_of',
-           'batches', 'Source', 'Data', 'count_table', 'show_samples']
+__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Reader', 'Samples', 'Batch', 'make_batch',
+           'ahead_of', 'batches', 'Source', 'Data', 'count_table', 'show_samples']
 
 # %% ../../nbs/1_data/10_datasets.ipynb #80db3f93
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ def content(
     found = in_threads(lambda path: digest(path.read_bytes()), items)
     return digest(list(progress(found, "fingerprinting", total=len(items))))
 
+# %% ../../nbs/1_data/10_datasets.ipynb #cd285cca
+class Reader(Protocol):
+    "How stored samples become what a network eats."
+
+    @property
+    def size(self) -> int:
+        "Side of an image in pixels, or the most tokens of a text."
+
+    def key(self) -> dict[str, Any]:
+        "Everything that what it reads depends on, JSON-able."
+
 # %% ../../nbs/1_data/10_datasets.ipynb #89b2b984
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
@@ -116,9 +127,20 @@ class Samples:
         "Image `i` as uint8 [H, W, 3]; `at_least` as in `read_image`."
         return picture(self.items[i], at_least=at_least)
 
-    def load(self, index: Sequence[int] | Rows, spec: Preprocess) -> Tensor:
+    def load(self, index: Sequence[int] | Rows, spec: Reader) -> Tensor:
         "Images `index`, decoded in parallel, as uint8 [B, 3, size, size]."
-        return squares((self.items[int(i)] for i in index), spec)
+        fine = isinstance(spec, Preprocess)
+        check(fine, f"These are images, and {type(spec).__name__} reads texts: choose a backbone for images.")
+        return squares((self.items[int(i)] for i in index), cast(Preprocess, spec))
+
+    @property
+    def lengths(self) -> Rows | None:
+        "Bytes of each text, [N]; None: all items are of one size by the time a network sees them."
+        return None
+
+    def by_length(self) -> Rows:
+        "All rows in the order in which they are best computed: images as they are, texts of one length together."
+        return np.arange(len(self)) if self.lengths is None else np.argsort(self.lengths, kind="stable")
 
     def take(self, index: Sequence[int] | Rows) -> Samples:
         "The samples with these row numbers, in this order."
@@ -152,7 +174,7 @@ def make_batch(
     samples: Samples,  # where from
     rows: Rows,  # [B], which
     *,
-    spec: Preprocess,  # side and fit
+    spec: Reader,  # how they are read
 ) -> Batch:
     "Load some rows as one batch."
     x = samples.load(rows, spec)  # uint8 [B, 3, S, S], or whole numbers of another width
@@ -183,7 +205,7 @@ def batches(
     order: Sequence[int] | Rows,  # row numbers, in the order in which to read them
     *,
     batch_size: int,  # images in a batch, >= 1; the last batch may be smaller
-    spec: Preprocess,  # side and fit
+    spec: Reader,  # how they are read
     start: int = 0,  # how many batches to skip, >= 0: where an interrupted epoch goes on
 ) -> Iterator[Batch]:
     "Read samples batch by batch; the next two are prepared in the background. Close it early and the thread ends."

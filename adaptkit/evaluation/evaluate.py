@@ -18,7 +18,6 @@ from torch import nn
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Data, Samples, batches
-from ..data.images import Preprocess
 from .intervals import Score, scores
 from .metrics import Predictions, remarks
 from .pictures import draw_errors
@@ -58,18 +57,19 @@ def outputs(
     "Logits of several models in one pass over the pixels; the stages that they share run once."
     check(len(samples) > 0, "There are no images to evaluate: the split is empty.")
     fork, first = shared(models), models[0]
-    device, spec = next(first.parameters()).device, Preprocess(**first.preprocess)
+    device, order = next(first.parameters()).device, samples.by_length()
     collected: list[list[torch.Tensor]] = [[] for _ in models]
     with evaluating(nn.ModuleList(models)):
         folded = {id(m.backbone): fused(m.backbone) for m in models}
         trunks = [folded[id(m.backbone)] for m in models]
-        read = batches(samples, range(len(samples)), batch_size=batch_size, spec=spec)
+        read = batches(samples, order, batch_size=batch_size, spec=first.reader)
         for batch in progress(read, "evaluating", total=math.ceil(len(samples) / batch_size)):
             x = batch.x.to(device)
             x = trunks[0](x, stop=fork) if fork else x
             for part, trunk, model in zip(collected, trunks, models, strict=True):
                 part.append(model.head(trunk(x, start=fork)).float().cpu())
-    return [torch.cat(part).numpy() for part in collected]
+    back = np.argsort(order)
+    return [torch.cat(part).numpy()[back] for part in collected]
 
 
 def predict(

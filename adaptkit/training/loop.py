@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,7 +124,7 @@ def validate(s: Session) -> tuple[float, float]:
     "Mean cross-entropy and accuracy on the validation split."
     s.model.eval()
     loss, right, n = 0.0, 0, len(s.data.valid)
-    for batch in s.streams["valid"].batches(np.arange(n), max(s.plan.batch_size, 64)):
+    for batch in s.streams["valid"].batches(s.data.valid.by_length(), max(s.plan.batch_size, 64)):
         batch = batch.to(s.fabric.device)
         logits = s.network(batch.x).float()
         loss += float(nn.functional.cross_entropy(logits, batch.y, reduction="sum"))
@@ -223,10 +222,14 @@ def check_fit(model: Model, data: Data, plan: Plan) -> None:
         tuple(model.classes) == tuple(data.classes),
         f"The model was built for the classes {list(model.classes)}, the data have {list(data.classes)}: build_model(..., data) makes one that fits.",
     )
+    kind, reads = data.kind, model.backbone.kind
+    check(kind == reads, f"{model.backbone.name} reads {reads}s, the data are {kind}s: choose a backbone for {kind}s.")
+    changes = plan.augment.kind if plan.augment else kind
+    check(changes == kind, f"augment={plan.augment} is for {changes}s, the data are {kind}s.")
     step = plan.batch_size * plan.accumulate
     check(
         step <= len(data.train),
-        f"One step takes {step} images (batch_size x accumulate), but there are only {len(data.train)} to train on: choose a smaller batch_size.",
+        f"One step takes {step} {kind}s (batch_size x accumulate), but there are only {len(data.train)} to train on: choose a smaller batch_size.",
     )
 
 # %% ../../nbs/4_training/10_loop.ipynb #ecb8bbff
