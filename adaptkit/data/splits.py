@@ -101,13 +101,10 @@ def save_split(
 
 # %% ../../nbs/1_data/12_splits.ipynb #4b502daf
 def joined(
-    parts: Sequence[Samples],  # of one kind: all files, or all arrays of one size
+    parts: Sequence[Samples],  # of one kind: all files, all arrays of one size, or all texts
 ) -> Samples:  # one after the other
     "Several samples as one."
-    arrays = all(isinstance(p.items, np.ndarray) for p in parts)
-    items: Any = np.concatenate([p.items for p in parts]) if arrays else [item for p in parts for item in p.items]
-    names = [p.name(i) for p in parts for i in range(len(p))]
-    return Samples(items, np.concatenate([p.labels for p in parts]), names)
+    return type(parts[0]).join(parts)
 
 # %% ../../nbs/1_data/12_splits.ipynb #52fed6de
 def load_split(

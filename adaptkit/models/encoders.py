@@ -274,7 +274,7 @@ def encoder_backbone(
     most -= 2 if "roberta" in str(config.get("model_type")) else 0  # whose first positions are taken
     check(size is None or size <= most, f"{name} reads at most {most} tokens; found size={size}.")
     if getattr(net, "pooler", None) is not None:
-        net.pooler = None  # trained for another task, and not part of the features
+        net._modules["pooler"] = None  # trained for another task, and not part of the features
     stages, note = cut_encoder(net, pooling, vocabulary=tokenizer.vocabulary)
     size = size or min(128, most)
     backbone = TextBackbone(stages, name=name, size=size, source=source, tokenizer=tokenizer, note=note)
