@@ -23,8 +23,9 @@ from .stages import WeightSource as WeightSource
 from .stages import check_pixels as check_pixels
 
 # %% auto #0
-__all__ = ['LITE0', 'BACKBONES', 'MINILM', 'lite0_weights', 'reference_name', 'lite0_classifier', 'efficientnet_lite0',
-           'small_cnn', 'minilm_folder', 'minilm', 'from_scratch', 'library_backbone', 'find_library', 'load_backbone']
+__all__ = ['LITE0', 'BACKBONES', 'DEFAULTS', 'MINILM', 'lite0_weights', 'reference_name', 'lite0_classifier',
+           'efficientnet_lite0', 'small_cnn', 'minilm_folder', 'minilm', 'from_scratch', 'library_backbone',
+           'find_library', 'load_backbone']
 
 # %% ../../nbs/2_models/10_backbones.ipynb #d57eb404
 LITE0 = WeightSource(
@@ -85,6 +86,7 @@ def lite0_classifier(
 
 # %% ../../nbs/2_models/10_backbones.ipynb #aa56e749
 BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
+DEFAULTS = {"image": "efficientnet_lite0", "text": "minilm"}  # by kind of data; both come with packages
 
 
 @BACKBONES.register("efficientnet_lite0")

@@ -117,7 +117,7 @@ def take(
     if layout.ends is None:
         return torch.from_numpy(np.asarray(stored[rows])).float()
     spans = [layout.span(row) for row in rows.tolist()]
-    out = torch.zeros(len(rows), max(end - first for first, end in spans), layout.shape[1])
+    out = np.zeros((len(rows), max(end - first for first, end in spans), layout.shape[1]), np.float32)
     for row, (first, end) in zip(out, spans, strict=True):
-        row[: end - first] = torch.from_numpy(np.asarray(stored[first:end])).float()
-    return out
+        row[: end - first] = stored[first:end]
+    return torch.from_numpy(out)
