@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.progress import somebody_watches
@@ -37,6 +38,7 @@ class Event:
     step: int  # batches done so far, over all epochs
     total: int  # batches that the whole run will take
     values: Mapping[str, float] = field(default_factory=dict)  # e.g. loss, rate, valid_accuracy
+    folder: Path | None = None  # where the run keeps its record
 
 
 @dataclass(frozen=True)

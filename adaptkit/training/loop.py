@@ -85,7 +85,7 @@ def batch_loss(
 def tell(s: Session, control: Control, observers: tuple[Observer, ...], when: When, **values: float) -> None:
     "Call the observers of this occasion; write steps and epochs to the run's events."
     epoch = (s.step - 1) // s.per_epoch if when in (When.STEP, When.EPOCH) else s.epoch
-    event = Event(when, epoch, s.step, s.per_epoch * s.plan.epochs, values)
+    event = Event(when, epoch, s.step, s.per_epoch * s.plan.epochs, values, s.folder)
     if when in (When.STEP, When.EPOCH):
         append_line(s.folder / "events.jsonl", {"when": when.value, "epoch": epoch, "step": s.step, **values})
     for observer in observers:
@@ -112,7 +112,7 @@ def remind(s: Session, control: Control, observers: tuple[Observer, ...]) -> Non
     "After resuming: tell observers of the epochs that an earlier process has seen, so that they know what they would know."
     for row in read_lines(s.folder / "events.jsonl"):
         values = {k: v for k, v in row.items() if k not in ("when", "epoch", "step")}
-        event = Event(When.EPOCH, row["epoch"], row["step"], s.per_epoch * s.plan.epochs, values)
+        event = Event(When.EPOCH, row["epoch"], row["step"], s.per_epoch * s.plan.epochs, values, s.folder)
         for observer in observers if row["when"] == When.EPOCH else ():
             answer = observer(event) if When.EPOCH in observer.on else None
             if isinstance(answer, Stop):
