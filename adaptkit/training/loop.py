@@ -23,7 +23,7 @@ from ..data.splits import save_split
 from ..heads.heads import Model, save_model
 from .cache import TrunkCache
 from .control import Control, Event, Observer, ProgressBar, Stop, When, check_observers
-from .methods import Losses, Method, check_answers, check_gradients, set_learning
+from .methods import Losses, Method, Network, check_answers, check_gradients, set_learning
 from .runs import Run, append_line, open_folder, read_lines, run_folder, surroundings
 from .session import Plan, Session, check_request, checkpoint, epoch_batches, request_of, restore
 
@@ -72,7 +72,7 @@ def batch_loss(
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
-        losses: Losses = s.method.loss(s.network, batch)
+        losses: Losses = s.method.loss(Network(s.network, s.model), batch)
     loss = torch.stack(list(losses.values())).sum()
     if not math.isfinite(float(loss.detach())):
         module = first_nonfinite(s.model, lambda: s.network(batch.x))
@@ -105,6 +105,8 @@ def close_epoch(s: Session, control: Control, observers: tuple[Observer, ...], e
     loss, accuracy = validate(s)
     mean = sum(s.losses) / len(s.losses)
     s.losses.clear()
+    if s.plan.keep == "best":
+        s.best.offer(epoch, loss, s.model)
     write_json(s.folder / "ledger.json", s.ledger.rows)
     tell(s, control, observers, When.EPOCH, loss=mean, valid_loss=loss, valid_accuracy=accuracy, seconds=seconds)
 
@@ -251,6 +253,7 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
         "plan": asdict(s.plan),
         "groups": learning,
         "cut": s.cut,
+        "kept_epoch": None if status == "running" else s.best.epoch if s.best.weights else (s.step - 1) // s.per_epoch,
         "actions": control.record(),
         "request": s.request,
     }
@@ -268,7 +271,8 @@ def is_over(
 
 
 def keep(s: Session, control: Control) -> None:
-    "Finish the method, write the model and the last records."
+    "Go back to the best epoch if the plan says so, finish the method, write the model and the last records."
+    s.best.put_back(s.model)
     model = s.method.finish(s.model).to("cpu").eval()
     save_model(model, s.folder)
     write_json(s.folder / "ledger.json", s.ledger.rows)
