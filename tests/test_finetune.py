@@ -534,7 +534,7 @@ def test_noise_does_not_move_the_suggestion_far(noise):
 
 def test_a_curve_that_never_falls_says_so():
     with pytest.raises(AdaptkitError, match="never falls"):
-        _ = RateCurve((0.1, 1.0, 10.0, 100.0), (0.5, 0.6, 0.9, 2.0), {"head": 1e-3}).suggestion
+        _ = RateCurve(tuple(np.geomspace(0.1, 100, 20)), tuple(np.linspace(0.5, 2, 20)), {"head": 1e-3}).suggestion
 
 
 @pytest.mark.parametrize(("setting", "words"), [({"low": 0}, "low=0"), ({"low": 2.0, "high": 1.0}, "high=1.0"), ({"steps": 2}, "steps=2")])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'remind', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit',
-           'attend', 'make_fabric', 'check_fit', 'describe_data', 'describe_run', 'is_over', 'keep']
+           'attend', 'make_fabric', 'check_fit', 'describe_data', 'kept_epoch', 'describe_run', 'is_over', 'keep']
 
 # %% ../../nbs/4_training/10_loop.ipynb #09f4b7f5
 def train(
@@ -238,6 +238,13 @@ def describe_data(data: Data) -> dict[str, Any]:
     told = {"name": data.name, "fingerprint": data.fingerprint, "source": asdict(data.source), "seed": data.seed}
     return {**told, "unreadable": len(data.unreadable), "classes": list(data.classes), "rows": rows}
 
+# %% ../../nbs/4_training/10_loop.ipynb #2c6ea149
+def kept_epoch(s: Session) -> int | None:
+    "The epoch whose weights are kept, from 0; None if there was no step."
+    if s.best.weights:
+        return s.best.epoch
+    return (s.step - 1) // s.per_epoch if s.step else None
+
 # %% ../../nbs/4_training/10_loop.ipynb #5de024a2
 def describe_run(s: Session, control: Control, status: str, why: str = "") -> None:
     "Write run.json."
@@ -253,7 +260,7 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
         "plan": asdict(s.plan),
         "groups": learning,
         "cut": s.cut,
-        "kept_epoch": None if status == "running" else s.best.epoch if s.best.weights else (s.step - 1) // s.per_epoch,
+        "kept_epoch": kept_epoch(s) if status in ("done", "stopped") else None,
         "actions": control.record(),
         "request": s.request,
     }
