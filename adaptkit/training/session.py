@@ -23,6 +23,7 @@ from ..data.datasets import Batch, Data, Rows
 from ..data.images import Augment
 from ..heads.heads import Model
 from ..models.tokens import WordDropout
+from .best import Best
 from .cache import Change, Stream, Trunk, TrunkCache, Views
 from .control import Action, Control
 from .methods import Ledger, Method, ParamGroup, one_cycle, parts, set_learning
@@ -42,6 +43,7 @@ CHOICES = {
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
     "accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),
     "fit": ("squash", "crop", "pad"),
+    "keep": ("last", "best"),
 }
 
 
@@ -67,16 +69,11 @@ class Plan:
     seed: int = 0  # of the order, the augmentation and dropout
     cache: bool = True  # whether the outputs of frozen stages are kept on disk
     checkpoint_every: int = 0  # batches between checkpoints; 0 = at the end of each epoch only
+    keep: Literal["last", "best"] = "last"  # which epoch's weights: the last one's, or those with the lowest valid_loss
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("views", 1),
-            ("seed", 0),
-            ("checkpoint_every", 0),
-        ):
+        lowest = {"epochs": 1, "batch_size": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 0}
+        for name, least in lowest.items():
             value = getattr(self, name)
             check(
                 isinstance(value, int) and value >= least,
@@ -123,6 +120,7 @@ class Session:
         self.per_epoch = len(data.train) // (plan.batch_size * plan.accumulate) * plan.accumulate
         self.step, self.factor, self.stopped = 0, 1.0, ""
         self.losses: list[float] = []  # of this epoch
+        self.best = Best()  # of the epochs so far; stays empty where the plan keeps the last one
         self.began = time.perf_counter()
         net, optimizer = fabric.setup(self.model, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = net, optimizer
@@ -279,9 +277,10 @@ def checkpoint(s: Session, control: Control) -> None:
         "ledger": s.ledger.rows,
         "events": len(read_lines(s.folder / "events.jsonl")),
         "stopped": s.stopped,
+        "best": s.best.record(),
         "seconds": time.perf_counter() - s.began,
     }
-    tensors = {f"model.{k}": v for k, v in s.model.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in s.model.state_dict().items()} | s.best.tensors()
     save_checkpoint(s.folder / "checkpoint.safetensors", {**tensors, **optimizer_tensors(s.optimizer)}, state)
 
 # %% ../../nbs/4_training/08_session.ipynb #04bb0f01
@@ -304,6 +303,7 @@ def restore(s: Session, control: Control) -> None:
     put_back(s.optimizer, tensors)
     s.step, s.factor, s.losses, s.stopped = state["step"], state["factor"], state["losses"], state["stopped"]
     s.ledger.rows = state["ledger"]
+    s.best = Best.read(tensors, state["best"])
     s.began -= state["seconds"]
     rows = read_lines(s.folder / "events.jsonl")[: state["events"]]
     with replacing(s.folder / "events.jsonl") as part:
