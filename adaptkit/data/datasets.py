@@ -26,8 +26,8 @@ from ..core.registry import AdaptkitError, check, unknown
 from .images import Pixels, Preprocess, preprocess, read_image
 
 # %% auto #0
-__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'grouped', 'Samples', 'Batch', 'make_batch',
-           'ahead_of', 'batches', 'Source', 'Data', 'count_table', 'show_samples']
+__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Samples', 'Batch', 'make_batch', 'ahead_of',
+           'batches', 'Source', 'Data', 'count_table', 'show_samples']
 
 # %% ../../nbs/1_data/10_datasets.ipynb #80db3f93
 if TYPE_CHECKING:
@@ -87,14 +87,6 @@ def content(
     found = in_threads(lambda path: digest(path.read_bytes()), items)
     return digest(list(progress(found, "fingerprinting", total=len(items))))
 
-# %% ../../nbs/1_data/10_datasets.ipynb #4a02901c
-def grouped(
-    groups: Sequence[str] | npt.NDArray[Any],  # [N], or ()
-    rows: Rows,  # [B], row numbers
-) -> Sequence[str] | npt.NDArray[Any]:  # [B], or ()
-    "The groups of some rows, where groups are known."
-    return np.asarray(groups)[rows] if len(groups) else ()
-
 # %% ../../nbs/1_data/10_datasets.ipynb #89b2b984
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
@@ -109,8 +101,8 @@ class Samples:
 
     def __post_init__(self) -> None:
         n, labels, names, groups = map(len, (self.items, self.labels, self.names, self.groups))
-        check(labels == n and names in (0, n), f"There are {n} {self.kind}s but {labels} labels and {names} names.")
-        check(groups in (0, n), f"There are {n} {self.kind}s but {groups} groups.")
+        found = f"{labels} labels and {names} names" + (f" and {groups} groups" if groups else "")
+        check(labels == n and {names, groups} <= {0, n}, f"There are {n} {self.kind}s but {found}.")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -143,7 +135,11 @@ class Samples:
         "The samples with these row numbers, in this order."
         rows, items = np.asarray(index, np.int64), self.items
         items = items[rows] if isinstance(items, np.ndarray) else [items[i] for i in rows]
-        return Samples(items, self.labels[rows], [self.name(i) for i in rows], grouped(self.groups, rows))
+        return Samples(items, self.labels[rows], [self.name(i) for i in rows], self.groups_of(rows))
+
+    def groups_of(self, rows: Rows) -> Sequence[str] | npt.NDArray[Any]:
+        "The groups of some rows, where groups are known."
+        return np.asarray(self.groups)[rows] if len(self.groups) else ()
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
