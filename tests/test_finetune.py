@@ -551,7 +551,7 @@ def test_smoothing_a_curve_invents_nothing_at_its_ends():
 
 def test_faster_scales_both_rates():
     quick = TUNE.faster(0.5)
-    assert quick.speed == 5 and quick.depth == TUNE.depth
+    assert quick.speed == 0.5 and quick.depth == TUNE.depth
 
 
 # --- bad input ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ..core.registry import AdaptkitError, check, unknown
 from .images import Pixels, Preprocess, preprocess, read_image
 
 # %% auto #0
-__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Reader', 'grouped', 'Samples', 'Batch', 'make_batch',
+__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Reader', 'Samples', 'Batch', 'make_batch',
            'ahead_of', 'batches', 'Source', 'Data', 'count_table', 'show_samples']
 
 # %% ../../nbs/1_data/10_datasets.ipynb #80db3f93
@@ -98,14 +98,6 @@ class Reader(Protocol):
     def key(self) -> dict[str, Any]:
         "Everything that what it reads depends on, JSON-able."
 
-# %% ../../nbs/1_data/10_datasets.ipynb #4a02901c
-def grouped(
-    groups: Sequence[str] | npt.NDArray[Any],  # [N], or ()
-    rows: Rows,  # [B], row numbers
-) -> Sequence[str] | npt.NDArray[Any]:  # [B], or ()
-    "The groups of some rows, where groups are known."
-    return np.asarray(groups)[rows] if len(groups) else ()
-
 # %% ../../nbs/1_data/10_datasets.ipynb #89b2b984
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples:
@@ -120,8 +112,8 @@ class Samples:
 
     def __post_init__(self) -> None:
         n, labels, names, groups = map(len, (self.items, self.labels, self.names, self.groups))
-        check(labels == n and names in (0, n), f"There are {n} {self.kind}s but {labels} labels and {names} names.")
-        check(groups in (0, n), f"There are {n} {self.kind}s but {groups} groups.")
+        found = f"{labels} labels and {names} names" + (f" and {groups} groups" if groups else "")
+        check(labels == n and {names, groups} <= {0, n}, f"There are {n} {self.kind}s but {found}.")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -160,7 +152,11 @@ class Samples:
         "The samples with these row numbers, in this order."
         rows, items = np.asarray(index, np.int64), self.items
         items = items[rows] if isinstance(items, np.ndarray) else [items[i] for i in rows]
-        return Samples(items, self.labels[rows], [self.name(i) for i in rows], grouped(self.groups, rows))
+        return Samples(items, self.labels[rows], [self.name(i) for i in rows], self.groups_of(rows))
+
+    def groups_of(self, rows: Rows) -> Sequence[str] | npt.NDArray[Any]:
+        "The groups of some rows, where groups are known."
+        return np.asarray(self.groups)[rows] if len(self.groups) else ()
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
