@@ -18,7 +18,16 @@ from adaptkit.models.backbones import BACKBONES, load_backbone, reference_name
 from adaptkit.models.cutting import cut, guess_stages, pieces
 from adaptkit.models.fusing import conv_bn_pairs, fused
 from adaptkit.models.sources import adopt, read_weights, timm_net, torchvision_net
-from adaptkit.models.stages import Backbone, ImageBackbone, Staged, WeightSource, check_pixels, draw_stages, evaluating, pooled
+from adaptkit.models.stages import (
+    Backbone,
+    ImageBackbone,
+    Staged,
+    WeightSource,
+    check_pixels,
+    draw_stages,
+    evaluating,
+    pooled,
+)
 
 SOURCE = WeightSource("toy", origin="random initialisation", licence="none needed")
 
