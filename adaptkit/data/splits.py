@@ -20,7 +20,7 @@ from .datasets import SPLITS, Data, Rows, Samples, Source
 
 # %% auto #0
 __all__ = ['SHARES', 'pattern', 'repaired', 'check_shares', 'deal', 'commonest', 'split_rows', 'save_split', 'joined',
-           'load_split', 'shares_left', 'check_whole', 'rows_of', 'divided']
+           'load_split', 'shares_left', 'check_whole', 'split_numbers', 'rows_of', 'divided']
 
 # %% ../../nbs/1_data/12_splits.ipynb #d98b513b
 def pattern(
@@ -180,7 +180,7 @@ def shares_left(
 # %% ../../nbs/1_data/12_splits.ipynb #bf1517f0
 def check_whole(
     groups: npt.NDArray[Any] | None,  # [N], who belongs together, if known
-    parts: npt.NDArray[Any],  # [N], names of the given splits
+    parts: npt.NDArray[Any],  # [N], numbers of the given splits
 ) -> None:
     "A group that the given splits tear apart is a contradiction."
     if groups is None or len(np.unique(parts)) == 1:
@@ -192,10 +192,27 @@ def check_whole(
         f"The given splits tear apart {len(np.unique(torn))} groups, e.g. {torn[:1].tolist()}: repair them, or name no groups.",
     )
 
+# %% ../../nbs/1_data/12_splits.ipynb #6d4ac7a0
+def split_numbers(
+    given: Sequence[str] | npt.NDArray[Any],  # N names or numbers of splits; empty: all is to be divided
+    n: int,  # how many rows
+) -> npt.NDArray[np.int8]:  # [n]
+    "Splits as numbers: 0 train, 1 valid, 2 test."
+    found = np.asarray(given) if len(given) else np.zeros(n, np.int8)
+    if found.dtype.kind in "iu":
+        return found.astype(np.int8)
+    odd = sorted(set(np.unique(found).tolist()) - set(SPLITS))
+    check(
+        not odd and len(found) == n,
+        f"The given splits name {odd[:3] or len(found)}: each of {n} rows needs train, valid or test.",
+    )
+    numbers: npt.NDArray[np.int8] = (found == "valid") + np.int8(2) * (found == "test")
+    return numbers
+
 # %% ../../nbs/1_data/12_splits.ipynb #efbd12ca
 def rows_of(
     labels: Rows,  # [N], classes
-    parts: npt.NDArray[Any],  # [N], names of splits; what is called train is to be divided
+    parts: npt.NDArray[Any],  # [N], numbers of splits; train, 0, is to be divided
     *,
     shares: Sequence[float],  # train, valid, test
     strata: npt.NDArray[Any] | None,  # [N], something else to keep in proportion
@@ -204,10 +221,10 @@ def rows_of(
     classes: Sequence[str],  # names, for the error
 ) -> list[Rows]:  # row numbers of train, valid, test
     "Cut the missing splits from train; keep the given ones."
-    pool, left = np.flatnonzero(parts == "train"), shares_left(shares, set(parts.tolist()))
+    pool, left = np.flatnonzero(parts == 0), shares_left(shares, [SPLITS[k] for k in np.unique(parts)])
     own, rest = (None if x is None else x[pool] for x in (strata, groups))
     cuts = split_rows(labels[pool], shares=left, strata=own, groups=rest, seed=seed, classes=classes)
-    return [pool[cut] if left[s] else np.flatnonzero(parts == SPLITS[s]) for s, cut in enumerate(cuts)]
+    return [pool[cut] if left[s] else np.flatnonzero(parts == s) for s, cut in enumerate(cuts)]
 
 # %% ../../nbs/1_data/12_splits.ipynb #59f196b0
 def divided(
@@ -220,13 +237,13 @@ def divided(
     shares: Sequence[float] = SHARES,  # train, valid, test; what isn't given is cut from train
     strata: npt.NDArray[Any] | None = None,  # [N], something else to keep in proportion
     groups: Sequence[str] | npt.NDArray[Any] | None = None,  # [N], who belongs together; None: as the samples say
-    given: Sequence[str] | npt.NDArray[Any] = (),  # N names of splits, where the data come divided already
+    given: Sequence[str] | npt.NDArray[Any] = (),  # N names or numbers of splits, where the data come divided already
     unreadable: Sequence[tuple[str, str]] = (),  # what was set aside
 ) -> Data:
     "Divide samples into train, valid and test, keeping what is given and groups together."
     samples = samples if groups is None else replace(samples, groups=np.asarray(groups))
     whole = np.asarray(samples.groups) if len(samples.groups) else None
-    parts, labels = np.asarray(given) if len(given) else np.full(len(samples), "train"), samples.labels
+    parts, labels = split_numbers(given, len(samples)), samples.labels
     check_whole(whole, parts)
     rows = rows_of(labels, parts, shares=shares, strata=strata, groups=whole, seed=seed, classes=classes)
     for split, chosen in zip(SPLITS, rows, strict=True):
