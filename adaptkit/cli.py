@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -40,10 +40,12 @@ def main() -> None:
 # %% ../nbs/0_core/80_commands.ipynb #60f5c5d4
 @app.command()
 @click.argument("data")
-@click.option("--backbone", default="efficientnet_lite0", show_default=True, help="The pretrained network.")
+@click.option("--text", help="Column of a table that holds the texts, where its name doesn't say so.")
+@click.option("--label", help="Column of a table that holds the classes, where its name doesn't say so.")
+@click.option("--backbone", help="The pretrained network; by default efficientnet_lite0 for images, minilm for texts.")
 @click.option("--depth", default=3, show_default=True, help="How many of the uppermost stages learn, besides the head.")
-@click.option("--epochs", default=6, show_default=True, help="Passes over the training images.")
-@click.option("--batch-size", default=32, show_default=True, help="Images in one step.")
+@click.option("--epochs", default=6, show_default=True, help="Passes over the training data.")
+@click.option("--batch-size", default=32, show_default=True, help="Images or texts in one step.")
 @click.option("--seed", default=0, show_default=True, help="Of everything that is random.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The run folder; by default the next free one under runs/."
@@ -51,19 +53,19 @@ def main() -> None:
 @click.option(
     "--exists", default="refuse", type=click.Choice(["refuse", "replace", "resume"]), help="If a run is there already."
 )
-def adapt(
-    data: str, backbone: str, depth: int, epochs: int, batch_size: int, seed: int, out: Path | None, exists: str
-) -> None:
-    "Adapt a pretrained network to DATA (a folder of images by class, a CSV, or a name); leaves a model and a report."
+def adapt(data: str, text: str | None, label: str | None, backbone: str | None, seed: int, **how: Any) -> None:
+    "Adapt a pretrained network to DATA (a folder of images by class, a table, or a name); leaves a model and a report."
     from adaptkit.data.sources import load_data
     from adaptkit.evaluation.evaluate import evaluate
     from adaptkit.evaluation.report import report_run
     from adaptkit.evaluation.summary import data_card, summary_lines
     from adaptkit.heads.heads import build_model
+    from adaptkit.models.backbones import DEFAULTS
 
-    loaded = load_data(data, seed=seed)
-    model = build_model(backbone, loaded, seed=seed)
-    run = adapted(model, loaded, depth=depth, epochs=epochs, batch_size=batch_size, seed=seed, out=out, exists=exists)
+    columns = {name: value for name, value in (("text", text), ("label", label)) if value}
+    loaded = load_data(data, seed=seed, **columns)
+    model = build_model(backbone or DEFAULTS[loaded.kind], loaded, seed=seed)
+    run = adapted(model, loaded, seed=seed, **how)
     result = evaluate(run.model, loaded, start=model)
     report = report_run(run, loaded, result)
     for line in summary_lines(run.record, run.history, result, card=data_card(loaded)):
@@ -88,7 +90,7 @@ def adapted(
     from adaptkit.training.session import Plan
 
     print(
-        f"{data.name}: {len(data.train)} images to learn from, {len(data.valid)} to watch, {len(data.test)} to test; {', '.join(data.classes)}",
+        f"{data.name}: {len(data.train)} {data.kind}s to learn from, {len(data.valid)} to watch, {len(data.test)} to test; {', '.join(data.classes)}",
         flush=True,
     )
     plan = Plan(epochs=epochs, batch_size=batch_size, seed=seed)

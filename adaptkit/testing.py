@@ -95,7 +95,7 @@ def check_finish(
     "Raise if `finish` changes what the model answers; weights are moved first, or an adapter that starts at zero would pass."
     generator = torch.Generator().manual_seed(0)
     ready = method.prepare(copy.deepcopy(model)).eval()
-    x = torch.rand(3, 3, model.size, model.size, generator=generator)
+    x = model.example(3)
     with torch.no_grad():
         for p in (p for g in method.groups(ready) for p in g.module.parameters()):
             p.add_(0.01 * torch.randn(p.shape, generator=generator))
@@ -119,12 +119,13 @@ def check_backbone(
     backbone: Backbone,  # yours
 ) -> None:
     "Raise unless `backbone` keeps the promises of a backbone."
-    x = torch.rand(3, 3, backbone.size, backbone.size, generator=torch.Generator().manual_seed(0))
+    x = backbone.example(3)
+    one = x[1:2] if x.ndim == 4 else x[1:2, :, : int(x[1, 1].sum())]  # a text without its padding
     with evaluating(backbone):
         whole, z = backbone(x), x
         for i in range(len(backbone.stages)):
             z = backbone(z, start=i, stop=i + 1)
-        alone = backbone(x[1:2])
+        alone = backbone(one)
     tolerance = 1e-4 * float(whole.abs().max())
     check(
         float((whole - z).abs().max()) <= tolerance,
@@ -132,7 +133,7 @@ def check_backbone(
     )
     check(
         float((whole[1:2] - alone).abs().max()) <= tolerance,
-        f"{backbone.name}: an image's map depends on its neighbours in the batch.",
+        f"{backbone.name}: what it makes of one {backbone.kind} depends on its neighbours in the batch.",
     )
     check(
         whole.shape[1] == backbone.width,
@@ -151,7 +152,7 @@ def check_head(
 ) -> None:
     "Raise unless the head of this name keeps the promises of a head."
     model = build_model(backbone or "small_cnn", Named(("a", "b", "c")), head=name, seed=0)
-    x = torch.rand(4, 3, model.size, model.size, generator=torch.Generator().manual_seed(0))
+    x = model.example(4)
     with evaluating(model):
         maps = model.backbone(x)
         whole, alone = model.head(maps), model.head(maps[1:2])
@@ -175,7 +176,7 @@ def check_data_source(
         for i in range(len(samples)):
             name = samples.name(i)
             check(
-                seen.setdefault(f"{name}", split) == split or not samples.names,
+                seen.setdefault(name, split) == split or not len(samples.names),
                 f"{data.name}: {name} is in {seen[name]} and in {split}.",
             )
         labels = np.unique(samples.labels)
@@ -183,6 +184,9 @@ def check_data_source(
             list(labels) == list(range(len(data.classes))),
             f"{data.name}: {split} has the labels {labels.tolist()}, the classes are {data.classes}.",
         )
+        if samples.kind == "text":
+            check(bool(samples.text(0).strip()), f"{data.name}: the first text of {split} is empty.")
+            continue
         image = samples.image(0)
         check(
             image.dtype == np.uint8 and image.ndim == 3,

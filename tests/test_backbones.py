@@ -18,7 +18,16 @@ from adaptkit.models.backbones import BACKBONES, load_backbone, reference_name
 from adaptkit.models.cutting import cut, guess_stages, pieces
 from adaptkit.models.fusing import conv_bn_pairs, fused
 from adaptkit.models.sources import adopt, read_weights, timm_net, torchvision_net
-from adaptkit.models.stages import Backbone, Staged, WeightSource, check_pixels, draw_stages, evaluating, pooled
+from adaptkit.models.stages import (
+    Backbone,
+    ImageBackbone,
+    Staged,
+    WeightSource,
+    check_pixels,
+    draw_stages,
+    evaluating,
+    pooled,
+)
 
 SOURCE = WeightSource("toy", origin="random initialisation", licence="none needed")
 
@@ -288,7 +297,7 @@ class Again(Detour):
 def test_a_wrong_guess_falls_back_to_one_stage_and_says_so(net):
     stages, note = cut(net.eval(), size=24)
     assert list(stages) == ["all"] and "could not be cut" in note
-    backbone = Backbone(stages, name="x", size=24, source=SOURCE, note=note)
+    backbone = ImageBackbone(stages, name="x", size=24, source=SOURCE, note=note)
     assert backbone(torch.rand(2, 3, 24, 24)).shape == (2, 6) and backbone.width == 6
 
 
@@ -498,7 +507,7 @@ def test_bad_sizes():
 
 def test_registry_is_open():
     def mine(*, pretrained=True, weights=None, size=None):
-        return Backbone({"one": nn.Conv2d(3, 5, 3)}, name="mine", size=size or 16, source=SOURCE)
+        return ImageBackbone({"one": nn.Conv2d(3, 5, 3)}, name="mine", size=size or 16, source=SOURCE)
 
     try:
         BACKBONES.register("mine")(mine)

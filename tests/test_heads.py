@@ -12,7 +12,7 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.heads.heads import HEADS, Model, Named, build_model, count, load_model, rebuild, save_model
 from adaptkit.models.backbones import load_backbone
 from adaptkit.models.fusing import fused
-from adaptkit.models.stages import Backbone, WeightSource
+from adaptkit.models.stages import ImageBackbone, WeightSource
 
 DATA = Named(("a", "b", "c"))
 
@@ -263,7 +263,7 @@ def test_an_interrupted_save_keeps_the_old_model(tmp_path, monkeypatch):
 
 
 def test_a_model_made_by_hand_cannot_be_saved(tmp_path):
-    backbone = Backbone({"one": nn.Conv2d(3, 5, 3)}, name="x", size=16, source=WeightSource("x", origin="", licence=""))
+    backbone = ImageBackbone({"one": nn.Conv2d(3, 5, 3)}, name="x", size=16, source=WeightSource("x", origin="", licence=""))
     model = Model(backbone, nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), classes=DATA.classes)
     assert model(torch.rand(2, 3, 16, 16)).shape == (2, 3)
     with pytest.raises(AdaptkitError, match="made by build_model"):

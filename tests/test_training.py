@@ -22,7 +22,7 @@ from adaptkit.data.images import Augment, Preprocess
 from adaptkit.data.sources import load_data
 from adaptkit.models.backbones import load_backbone
 from adaptkit.testing import check_method, toy_data, toy_model
-from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views, half
+from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views
 from adaptkit.training.control import Control, EarlyStop, Event, When, check_observers
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import NonFiniteLoss, fit
@@ -37,6 +37,7 @@ from adaptkit.training.runs import (
     save_checkpoint,
 )
 from adaptkit.training.session import Plan, epoch_order, fingerprint
+from adaptkit.training.stored import half
 
 PLAN = Plan(epochs=2, batch_size=8, views=2, augment=Augment(hflip=True), accelerator="cpu")
 TUNE = FineTune(depth=3, rate=1e-2, head_rate=1e-2)
@@ -184,7 +185,7 @@ def test_a_changed_weight_image_transform_or_view_is_another_entry(data, trunk, 
     pixels = data.train.items.copy()
     pixels[5, 0, 0, 0] ^= 1
     entries.add(cache.entry(dataclasses.replace(data.train, items=pixels), VIEWS, 1, trunk))
-    entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, spec_augment=Augment(hflip=True)), 1, trunk))
+    entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, change=Augment(hflip=True)), 1, trunk))
     entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, spec=Preprocess(32, "pad")), 1, trunk))
     entries.add(cache.entry(data.train, dataclasses.replace(VIEWS, seed=1), 1, trunk))
     entries.add(cache.entry(data.train, VIEWS, 2, trunk))

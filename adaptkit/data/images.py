@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,10 @@ class Preprocess:
         check(self.size >= 1, f"size is {self.size}: it must be at least 1 pixel.")
         check(self.fit in ("squash", "crop", "pad"), f"fit is {self.fit!r}: it must be 'squash', 'crop' or 'pad'.")
 
+    def key(self) -> dict[str, Any]:
+        "Everything that the result depends on, besides the image."
+        return asdict(self)
+
 # %% ../../nbs/1_data/05_images.ipynb #b5985f4f
 def preprocess(
     image: Pixels,  # [H, W, 1 or 3]
@@ -200,6 +204,8 @@ class Augment:
             value = getattr(self, name)
             check(0 <= value <= limit, f"{name} is {value}: it must lie between 0 and {limit}.")
 
+    kind: ClassVar[str] = "image"  # of the samples it changes
+
     @property
     def flips(self) -> tuple[int, ...]:
         "Axes that may be flipped (-1 = left-right, -2 = top-bottom), in the order in which the bits of a view use them."
@@ -210,6 +216,10 @@ class Augment:
         "How many different views there are: flips alone soon repeat themselves, anything else never does."
         more = self.rotate or self.shift or self.zoom or self.brightness or self.contrast
         return math.inf if more else 2 ** len(self.flips)
+
+    def make(self, x: Tensor, view: int, index: Tensor, *, seed: int = 0) -> Tensor:
+        "The given view of each image; see `augment`."
+        return augment(x, view, index, spec=self, seed=seed)
 
 # %% ../../nbs/1_data/05_images.ipynb #e95974f0
 def moved(

@@ -18,10 +18,9 @@ from torch import nn
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Data, Samples, batches
-from ..data.images import Preprocess
 from .intervals import Score, scores
 from .metrics import Predictions, remarks
-from .pictures import draw_errors
+from .pictures import draw_errors, highest_losses
 from ..heads.heads import HEADS, Model, make_head, seeded
 from ..models.backbones import fused
 from ..models.stages import evaluating
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['shared', 'outputs', 'predict', 'untrained_head', 'majority', 'packed', 'unpacked', 'percent', 'Evaluation',
-           'evaluate']
+           'table_of_errors', 'shown', 'evaluate']
 
 # %% ../../nbs/6a_evaluation/14_evaluate.ipynb #de901d32
 def shared(
@@ -56,20 +55,21 @@ def outputs(
     batch_size: int = 64,  # images at once, at least 1
 ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:  # for each model, logits [N, K]
     "Logits of several models in one pass over the pixels; the stages that they share run once."
-    check(len(samples) > 0, "There are no images to evaluate: the split is empty.")
+    check(len(samples) > 0, "There is nothing to evaluate: the split is empty.")
     fork, first = shared(models), models[0]
-    device, spec = next(first.parameters()).device, Preprocess(**first.preprocess)
+    device, order = next(first.parameters()).device, samples.by_length()
     collected: list[list[torch.Tensor]] = [[] for _ in models]
     with evaluating(nn.ModuleList(models)):
         folded = {id(m.backbone): fused(m.backbone) for m in models}
         trunks = [folded[id(m.backbone)] for m in models]
-        read = batches(samples, range(len(samples)), batch_size=batch_size, spec=spec)
+        read = batches(samples, order, batch_size=batch_size, spec=first.reader)
         for batch in progress(read, "evaluating", total=math.ceil(len(samples) / batch_size)):
             x = batch.x.to(device)
             x = trunks[0](x, stop=fork) if fork else x
             for part, trunk, model in zip(collected, trunks, models, strict=True):
                 part.append(model.head(trunk(x, start=fork)).float().cpu())
-    return [torch.cat(part).numpy() for part in collected]
+    back = np.argsort(order)
+    return [torch.cat(part).numpy()[back] for part in collected]
 
 
 def predict(
@@ -139,7 +139,8 @@ class Evaluation:
     predictions: Predictions  # of the model
     split: str = "test"  # which images
     remarks: tuple[str, ...] = ()  # what to know before trusting the numbers
-    samples: Samples | None = None  # the images, where they are at hand; not stored
+    samples: Samples | None = None  # the images or texts, where they are at hand; not stored
+    kind: str = "image"  # what was evaluated: "image" or "text"
 
     def table(self) -> pd.DataFrame:
         "One row per metric: value, interval, n, and the value of each control."
@@ -156,7 +157,12 @@ class Evaluation:
 
     def show(self, *, top: int = 8) -> Figure:
         "Confusion matrix, most confused pairs and, where the images are at hand, the highest losses."
-        return draw_errors(self.predictions, image=self.samples.image if self.samples else None, top=top)
+        pictures = self.samples if self.samples and self.kind == "image" else None
+        return draw_errors(self.predictions, image=pictures.image if pictures else None, top=top)
+
+    def errors(self, *, top: int = 8) -> pd.DataFrame:
+        "The samples that the model was most wrong about: what they are, what they were, what the model said."
+        return table_of_errors(self, top=top)
 
     def to_json(self) -> dict[str, Any]:
         "Everything but the images, as numbers, text and lists."
@@ -167,6 +173,7 @@ class Evaluation:
         return {
             "version": 1,
             "split": self.split,
+            "kind": self.kind,
             "scores": found,
             "controls": controls,
             "remarks": list(self.remarks),
@@ -179,7 +186,8 @@ class Evaluation:
         try:
             found = {m: Score(**s) for m, s in value["scores"].items()}
             controls = {c: {m: Score(**s) for m, s in f.items()} for c, f in value["controls"].items()}
-            return cls(found, controls, unpacked(value), str(value["split"]), tuple(map(str, value["remarks"])))
+            told = str(value["split"]), tuple(map(str, value["remarks"]))
+            return cls(found, controls, unpacked(value), *told, kind=str(value.get("kind", "image")))
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise AdaptkitError(
                 f"This is not a stored evaluation, or it is damaged ({type(e).__name__}: {e}): evaluate again."
@@ -192,6 +200,36 @@ class Evaluation:
         from html import escape
 
         return str(self.table().to_html()) + "".join(f"<p>{escape(r)}</p>" for r in self.remarks)
+
+# %% ../../nbs/6a_evaluation/14_evaluate.ipynb #67e35f34
+def table_of_errors(
+    evaluation: Evaluation,  # of at least one sample
+    *,
+    top: int = 8,  # how many, at least 1
+) -> pd.DataFrame:  # the highest loss first
+    "What the model was most wrong about, in words."
+    import pandas as pd
+
+    p, samples = evaluation.predictions, evaluation.samples
+    rows = highest_losses(p, top=top)
+    told = {
+        evaluation.kind: [str(i) if samples is None else shown(samples, int(i)) for i in rows],
+        "was": [p.classes[p.labels[i]] for i in rows],
+        "said": [p.classes[p.predicted[i]] for i in rows],
+        "sure": [f"{p.probabilities[i].max():.0%}" for i in rows],
+    }
+    return pd.DataFrame(told, index=pd.Index(rows, name="row"))
+
+
+def shown(
+    samples: Samples,  # images or texts
+    i: int,  # row
+    *,
+    most: int = 300,  # characters
+) -> str:
+    "A sample in a line: a text's own words, or an image's name."
+    line = " ".join(samples.text(i).split()) if samples.kind == "text" else samples.name(i)
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 # %% ../../nbs/6a_evaluation/14_evaluate.ipynb #f2848711
 def evaluate(
@@ -224,4 +262,5 @@ def evaluate(
     controls = {
         name: scores(p, count=count, seed=seed) for name, p in (("majority class", same), ("untrained head", blank))
     }
-    return Evaluation(scores(trained, count=count, seed=seed), controls, trained, split, remarks(trained), samples)
+    found_scores, said = scores(trained, count=count, seed=seed), remarks(trained)
+    return Evaluation(found_scores, controls, trained, split, said, samples, samples.kind)

@@ -94,7 +94,7 @@ table.matrix { width: auto; } table.matrix td { text-align: center; min-width: 2
 .pair { margin: .5rem 0; } .bar { background: var(--line); border-radius: 4px; height: .5rem; } .bar i { display: block; height: 100%; border-radius: 4px; background: var(--blue); }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 1rem 1.5rem; }
 .grid { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1rem; } .grid img { width: 100%; }
-figure { margin: 0; } figure img { max-width: 100%; height: auto; border-radius: 6px; display: block; } figure.paper img { background: #fff; width: 100%; }
+figure { margin: 0; } blockquote { margin: 0; padding: .5rem .6rem; background: var(--page); border-radius: 6px; font-size: .88rem; } figure img { max-width: 100%; height: auto; border-radius: 6px; display: block; } figure.paper img { background: #fff; width: 100%; }
 figcaption { font-size: .82rem; line-height: 1.35; margin-top: .3rem; } .wrong { color: var(--warm); font-weight: 600; }
 summary { cursor: pointer; color: var(--blue); } footer { color: var(--soft); font-size: .85rem; }
 @media (max-width: 600px) { .grid { grid-template-columns: repeat(2, 1fr); } thead th { white-space: normal; } table { font-size: .88rem; } main { padding: .9rem .6rem 2rem; } section { padding: .9rem .8rem; } th, td { padding: .3rem .45rem; } }
@@ -144,9 +144,9 @@ ERRORS = """
 {% endfor %}</tbody></table></div>
 {% else %}<figure class="paper chart"><img alt="Confusion matrix" src="{{ matrix_uri }}"></figure>{% endif %}</div>
 <div><h3>Most confused</h3>{% for text, share in confused %}<div class="pair">{{ text }}<div class="bar"><i style="width: {{ share }}%"></i></div></div>
-{% else %}<p>No image was confused.</p>{% endfor %}</div></div>
-{% if worst %}<h3>Highest losses</h3><p><small>The images the model was most wrong about. Look here first for wrong labels.</small></p><div class="grid">
-{% for w in worst %}<figure><img alt="{{ w.name }}" src="{{ w.uri }}"><figcaption>was {{ w.was }}<br>
+{% else %}<p>Nothing was confused.</p>{% endfor %}</div></div>
+{% if worst %}<h3>Highest losses</h3><p><small>What the model was most wrong about. Look here first for wrong labels.</small></p><div class="grid">
+{% for w in worst %}<figure>{% if w.uri %}<img alt="{{ w.name }}" src="{{ w.uri }}">{% else %}<blockquote>{{ w.text }}</blockquote>{% endif %}<figcaption>was {{ w.was }}<br>
 <span class="{{ 'wrong' if w.wrong else '' }}">said {{ w.said }}, {{ w.sure }}</span><br><small>{{ w.name }}</small></figcaption></figure>
 {% endfor %}</div>{% endif %}</section>
 """

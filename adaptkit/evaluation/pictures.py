@@ -121,7 +121,7 @@ def draw_pairs(
     ax.set_title("Most confused", loc="left")
     if not pairs:
         ax.set_axis_off()
-        ax.text(0, 0.9, "No image was confused.", transform=ax.transAxes)
+        ax.text(0, 0.9, "Nothing was confused.", transform=ax.transAxes)
         return
     bars = ax.barh(range(len(pairs)), [100 * n / of for _, _, n, of in pairs], color=BLUE)
     ax.bar_label(bars, [f"{n} of {of}" for _, _, n, of in pairs], padding=3, size=8)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.files import replacing, write_json
 from ..data.datasets import Data
-from .evaluate import Evaluation, percent
+from .evaluate import Evaluation, percent, shown
 from .layout import figure_uri, image_uri, page
 from .pictures import BLUE, ORANGE, confused_pairs, confusion, draw_confusion, highest_losses
 from .summary import Row, data_card, duration, sections, seek, summary_lines
@@ -54,6 +54,8 @@ def _worst(evaluation: Evaluation, i: int) -> dict[str, Any]:
     assert samples is not None
     said, sure = int(p.predicted[i]), f"{p.probabilities[i].max():.0%} sure"
     told = {"was": p.classes[p.labels[i]], "said": p.classes[said], "sure": sure, "wrong": said != p.labels[i]}
+    if samples.kind == "text":
+        return {"name": f"text {samples.name(i)}", "uri": "", "text": shown(samples, i), **told}
     name = samples.name(i) if len(samples.names) else f"image {i}"
     return {"name": name, "uri": image_uri(samples.image(i)), **told}
 
@@ -122,11 +124,11 @@ def ledger_rows(
     return list(rows.values())
 
 # %% ../../nbs/6a_evaluation/15_report.ipynb #053224da
-LEGEND = "Majority class: always names the most common class of the training images. Untrained head: the network that training started from, under a head fresh from the random generator. Intervals: Wilson for accuracy, stratified bootstrap for the others."
+LEGEND = "Majority class: always names the most common class of the training data. Untrained head: the network that training started from, under a head fresh from the random generator. Intervals: Wilson for accuracy, stratified bootstrap for the others."
 LIMITS = (
-    "The intervals say how the numbers would vary with other test images of the same kind. They do not cover another seed, wrong labels, or images from another source.",
-    "Images that belong together (of one patient, one device, one day) make every interval too narrow.",
-    "This is one training run, tested on one split. Whoever has chosen among several models by this test split has to test the winner on new images.",
+    "The intervals say how the numbers would vary with other test data of the same kind. They do not cover another seed, wrong labels, or data from another source.",
+    "Samples that belong together (of one patient, one customer, one device, one day) make every interval too narrow.",
+    "This is one training run, tested on one split. Whoever has chosen among several models by this test split has to test the winner on new data.",
 )
 
 
@@ -157,10 +159,14 @@ def head_parts(
     a, names = evaluation.scores["accuracy"], {"f1": "F1 (macro)", "auroc": "AUROC"}
     headline = {
         "value": percent(a)[0],
-        "what": f"accuracy on {a.n} {evaluation.split} images",
+        "what": f"accuracy on {a.n} {evaluation.split} {evaluation.kind}s",
         "interval": percent(a)[1],
     }
-    facts = {f"{evaluation.split} images": a.n, "seed": seek(record, "seed"), "device": seek(record, "device")}
+    facts = {
+        f"{evaluation.split} {evaluation.kind}s": a.n,
+        "seed": seek(record, "seed"),
+        "device": seek(record, "device"),
+    }
     told = [(k, "not recorded" if v is None else str(v)) for k, v in facts.items()]
     table = evaluation.table()[["model", *evaluation.controls, "95 % interval"]]
     rows = [{"metric": names.get(str(m), str(m).replace("_", " ")), **row} for m, row in table.T.to_dict().items()]

@@ -84,7 +84,7 @@ def weakness(
     return first + (
         f"; the most common error is {pairs[0][0]!r} taken for {pairs[0][1]!r} ({pairs[0][2]} times)."
         if pairs
-        else "; no image was confused."
+        else "; nothing was confused."
     )
 
 # %% ../../nbs/6a_evaluation/16_summary.ipynb #2376d510
@@ -111,7 +111,7 @@ def summary_lines(
     seed, aside = seek(record, "seed"), len(card.get("unreadable", ()))
     rows = " / ".join(f"{k} {v}" for k, v in card.get("rows", {}).items()) or "split sizes not recorded"
     return [
-        f"The model is right on {round(a.value * n)} of {n} {evaluation.split} images: {100 * a.value:.1f} % (95 % interval {100 * a.low:.1f} to {100 * a.high:.1f} %).",
+        f"The model is right on {round(a.value * n)} of {n} {evaluation.split} {evaluation.kind}s: {100 * a.value:.1f} % (95 % interval {100 * a.low:.1f} to {100 * a.high:.1f} %).",
         verdict(evaluation),
         weakness(evaluation),
         f"Training took {duration(seek(record, 'seconds'))} for {epochs} on {seek(record, 'device') or 'an unrecorded device'}, seed {'not recorded' if seed is None else seed}{at}.",

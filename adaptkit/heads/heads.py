@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.files import read_json, write_json
+from ..core.files import digest, inside, read_json, replacing, write_json
 from ..core.registry import AdaptkitError, check, unknown
+from ..data.datasets import Reader
 from ..models.backbones import load_backbone
+from ..models.encoders import rebuilt_encoder
 from ..models.sources import read_weights, sha256, write_weights
 from ..models.stages import Backbone, WeightSource
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['VERSION', 'seeded', 'count', 'Model', 'table_of', 'HasClasses', 'make_head', 'Named', 'build_model', 'rebuild',
-           'save_model', 'fill', 'load_model']
+           'save_model', 'read_files', 'fill', 'load_model']
 
 # %% ../../nbs/3_heads/10_heads.ipynb #51ea1dff
 from .layers import HEADS as HEADS
@@ -52,7 +54,7 @@ def count(
 
 # %% ../../nbs/3_heads/10_heads.ipynb #a6d4643a
 class Model(nn.Module):
-    "A backbone and a head: pixels in [0, 1] go in, logits come out."
+    "A backbone and a head: pixels in [0, 1] or tokens go in, logits come out."
 
     def __init__(
         self,
@@ -64,17 +66,26 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.classes = backbone, head, tuple(classes)
-        self.n_stages, self.size = len(backbone.stages), backbone.size  # size in pixels
+        self.n_stages, self.size = len(backbone.stages), backbone.size  # pixels, or tokens
         self.config: dict[str, Any] = dict(config or {})
-        self.preprocess: dict[str, Any] = {"size": backbone.size, "fit": "squash"}
+        self.preprocess: dict[str, Any] = dict(backbone.settings)
+
+    @property
+    def reader(self) -> Reader:
+        "What turns stored samples into what the model takes."
+        return self.backbone.reader(**self.preprocess)
+
+    def example(self, n: int) -> Tensor:
+        "`n` random inputs."
+        return self.backbone.example(n)
 
     def forward(
         self,
-        x: Tensor,  # pixels in [0, 1], [B, 3, H, W]; or the output of stage start - 1 if start > 0
+        x: Tensor,  # pixels in [0, 1], [B, 3, H, W]; or tokens, [B, 2, T]; or the output of stage start - 1 if start > 0
         *,
         start: int = 0,  # first stage that runs; the number of stages: x is the last map
     ) -> Tensor:  # logits, [B, classes]
-        "Logits, from the pixels or from any stage on."
+        "Logits, from the input or from any stage on."
         out: Tensor = self.head(self.backbone(x, start=start))
         return out
 
@@ -157,18 +168,24 @@ def build_model(
         made, options = make_head(head, backbone, classes=len(data.classes), options=options)
     config = {"backbone": backbone.name, "size": backbone.size, "stages": list(backbone.stage_names)}
     config |= {"head": head, "options": options, "classes": list(data.classes)}
+    config |= {"recipe": backbone.recipe} if backbone.recipe else {}
     return Model(backbone, made, classes=data.classes, config=config)
 
 # %% ../../nbs/3_heads/10_heads.ipynb #96729f23
 def rebuild(
     config: Mapping[str, Any],  # of a model that build_model made
+    *,
+    files: Mapping[str, str] | None = None,  # what was saved beside the weights, by name
 ) -> Model:  # the same architecture with random weights
     "Make the architecture of a model again from its description; nothing is downloaded."
     try:
-        asked = {k: config[k] for k in ("head", "size")}
-        model = build_model(
-            config["backbone"], Named(tuple(config["classes"])), pretrained=False, **asked, **config["options"]
-        )
+        name, size = config["backbone"], config["size"]
+        if "recipe" in config:
+            backbone: Backbone = rebuilt_encoder(config["recipe"], files or {}, name=name, size=size)
+        else:
+            backbone = load_backbone(name, pretrained=False, size=size)
+        classes = Named(tuple(config["classes"]))
+        model = build_model(backbone, classes, head=config["head"], **config["options"])
         same = list(model.backbone.stage_names) == list(config["stages"])
     except (KeyError, TypeError) as e:
         raise AdaptkitError(f"This description of a model is incomplete or damaged: {e}.") from e
@@ -193,8 +210,12 @@ def save_model(
     )
     folder = Path(path)
     checksum = sha256(write_weights(folder / "model.safetensors", model.state_dict()))
+    for name, text in model.backbone.files.items():
+        with replacing(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
     record = {
         "version": VERSION,
+        "files": {name: digest(text) for name, text in model.backbone.files.items()},
         "config": model.config,
         "classes": list(model.classes),
         "preprocess": model.preprocess,
@@ -203,6 +224,23 @@ def save_model(
     return folder
 
 # %% ../../nbs/3_heads/10_heads.ipynb #3ce224d7
+def read_files(
+    folder: Path,  # of a saved model
+    known: Mapping[str, str],  # digest of each text, by file name
+) -> dict[str, str]:  # texts by file name
+    "What was saved beside the weights; a file that was changed is refused."
+    texts = {}
+    for name, value in known.items():
+        path = inside(folder, name)
+        check(path.is_file(), f"There is no {path}: copy or save the model again.")
+        texts[name] = path.read_text(encoding="utf-8")
+        check(
+            digest(texts[name]) == value,
+            f"{path} is not the file that model.json describes: copy or save the model again.",
+        )
+    return texts
+
+
 def fill(
     model: nn.Module,  # filled in place
     tensors: Mapping[str, Tensor],  # by name
@@ -233,7 +271,7 @@ def load_model(
         sha256(file) == record.get("weights"),
         f"{file} is not the file that model.json describes (other checksum): copy or save the model again.",
     )
-    model = rebuild(record.get("config", {}))
+    model = rebuild(record.get("config", {}), files=read_files(folder, record.get("files", {})))
     fill(model, read_weights(file), path=file)
     try:
         model.backbone.source, model.preprocess = WeightSource(**record["source"]), dict(record["preprocess"])

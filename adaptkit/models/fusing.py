@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +65,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def probe_of(
-    module: nn.Module,  # with a `size`, in pixels
-) -> Tensor:  # [2, 3, size, size], on the device of the module
-    "Two random images to try a module on."
-    size = getattr(module, "size", None)
-    check(isinstance(size, int), "Give a probe: this module does not say which input it takes.")
-    x = torch.rand(2, 3, int(size or 1), int(size or 1), generator=torch.Generator().manual_seed(0))
-    return x.to(next(module.parameters()))
+    module: nn.Module,  # with a method `example`, as backbones have it
+) -> Tensor:  # on the device of the module
+    "Two random inputs to try a module on."
+    example = getattr(module, "example", None)
+    check(callable(example), "Give a probe: this module does not say which input it takes.")
+    x: Tensor = cast(Any, example)(2)
+    return x.to(next(module.parameters()).device)
 
 
 def fused(
     module: M,  # a backbone, a model, any module; left as it is
     *,
-    probe: Tensor | None = None,  # an input to prove it with; by default two random images of module.size pixels
+    probe: Tensor | None = None,  # an input to prove it with; by default two random ones of its own
 ) -> M:  # a frozen copy in evaluation mode, channels_last
     "A faster copy for inference: each BatchNorm folded into its convolution, where a probe proves it."
     plain = copy.deepcopy(module).eval().requires_grad_(False).to(memory_format=torch.channels_last)

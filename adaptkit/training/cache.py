@@ -15,41 +15,60 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.files import digest, replacing
 from ..core.progress import progress
 from ..core.registry import AdaptkitError
-from ..data.datasets import Batch, Samples, batches
-from ..data.images import Augment, Preprocess, augment
+from ..data.datasets import Batch, Reader, Rows, Samples, batches
+from .stored import begin, is_whole, layout_of, put, take
 
 if TYPE_CHECKING:
-    from adaptkit.models.backbones import Backbone
+    from adaptkit.models.stages import Backbone
+    from adaptkit.models.tokens import Tokens
 
 # %% auto #0
-__all__ = ['Views', 'trunk_fingerprint', 'TrunkCache', 'is_whole', 'by_age', 'Trunk', 'write_features', 'half', 'Stream']
+__all__ = ['Change', 'Views', 'trunk_fingerprint', 'TrunkCache', 'by_age', 'Trunk', 'stored_shape', 'write_features', 'Stream']
 
 # %% ../../nbs/4_training/30_cache.ipynb #ca8a402f
+class Change(Protocol):
+    "What a view may change: a frozen dataclass, like `Augment` for images and `WordDropout` for texts."
+
+    kind: ClassVar[str]  # of the samples it is for
+
+    @property
+    def distinct(self) -> float:
+        "How many different views there are."
+
+    def make(self, x: Tensor, view: int, index: Tensor, *, seed: int = 0) -> Tensor:
+        "The given view of each sample; view 0 is the unchanged one."
+
+
 @dataclass(frozen=True)
 class Views:
-    "How stored images become the floats a network sees."
+    "How stored samples become what a network sees."
 
-    spec: Preprocess  # size and fit
-    spec_augment: Augment  # what a view may change
+    spec: Reader  # size and fit, or tokens
+    change: Change | None = None  # what a view may change; None: nothing
     count: int = 4  # views that are cycled through, at least 1
-    seed: int = 0  # of the augmentation
+    seed: int = 0  # of the changes
 
     def number(self, epoch: int) -> int:
-        "The view that `epoch` (from 0) shows; view 0 is the unchanged image. No two views of a cycle are the same picture."
-        return epoch % int(min(self.count, self.spec_augment.distinct))
+        "The view that `epoch` (from 0) shows; view 0 is the unchanged sample. No two views of a cycle are the same."
+        return epoch % int(min(self.count, self.change.distinct if self.change else 1))
 
     def make(self, batch: Batch, view: int) -> Tensor:
-        "Pixels of a batch as this view shows them, [B, 3, S, S] in [0, 1]."
-        return augment(batch.x, view, batch.index, spec=self.spec_augment, seed=self.seed)
+        "What this view shows of a batch: pixels [B, 3, S, S] in [0, 1], or tokens [B, 2, T]."
+        return self.change.make(batch.x, view, batch.index, seed=self.seed) if self.change and view else batch.x
+
+    def key(self, view: int) -> tuple[object, ...]:
+        "Everything that this view depends on, besides the samples."
+        changed = (asdict(cast(Any, self.change)), self.seed) if self.change and view else ()
+        return (self.spec.key(), view, *changed)
 
 # %% ../../nbs/4_training/30_cache.ipynb #ce0875c6
 def trunk_fingerprint(
@@ -58,15 +77,10 @@ def trunk_fingerprint(
 ) -> str:  # 16 hexadecimal digits
     "Fingerprint of every module, weight and buffer that the output of stage `cut - 1` depends on."
     parts = [(n, type(m).__name__, m.extra_repr()) for i in range(cut) for n, m in backbone.stages[i].named_modules()]
-    tensors = {
-        **_norm(backbone),
-        **{f"{i}.{k}": v for i in range(cut) for k, v in backbone.stages[i].state_dict().items()},
-    }
-    return digest(parts, *[part for k, v in sorted(tensors.items()) for part in (k, v.detach().cpu().numpy())])
-
-
-def _norm(backbone: Backbone) -> dict[str, Tensor]:
-    return {"mean": backbone.mean, "std": backbone.std}
+    below = tuple(f"stages.{i}." for i in range(cut))
+    tensors = {k: v for k, v in backbone.state_dict().items() if k.startswith(below) or not k.startswith("stages.")}
+    numbers = [part for k, v in sorted(tensors.items()) for part in (k, v.detach().cpu().numpy())]
+    return digest(parts, backbone.files, *numbers)
 
 # %% ../../nbs/4_training/30_cache.ipynb #a934caea
 class TrunkCache:
@@ -88,18 +102,18 @@ class TrunkCache:
         views: Views,  # how they are shown
         view: int,  # which view
         trunk: Trunk,  # what is frozen
-    ) -> Path | None:  # an .npy file, float16 [N, C, h, w]; None if the disk is full
+    ) -> Path | None:  # a file of features, see the page before; None if the disk is full
         "The file with the trunk's output for one view; computed if it isn't there."
-        parts = (samples.fingerprint, trunk.fingerprint, asdict(views.spec), view)
-        key = digest(*parts, *((asdict(views.spec_augment), views.seed) if view else ()), "float16")
+        key = digest(samples.fingerprint, trunk.fingerprint, *views.key(view), "float16")
         path = self.folder / f"{key}.npy"
         if is_whole(path):
             os.utime(path)
             return path
         try:
-            self._make_room(samples, trunk, views)
+            shape, ends = stored_shape(samples, views, trunk)
+            self._make_room(int(np.prod(shape)) * 2)
             with replacing(path) as part:
-                write_features(part, samples, views, view, trunk)
+                write_features(part, samples, views, view, trunk, shape=shape, ends=ends)
         except (OSError, ValueError) as e:
             if not _disk_full(e):
                 raise
@@ -110,8 +124,7 @@ class TrunkCache:
             return None
         return path
 
-    def _make_room(self, samples: Samples, trunk: Trunk, views: Views) -> None:
-        need = len(samples) * int(np.prod(trunk.shape(views.spec.size))) * 2
+    def _make_room(self, need: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (PermissionError, FileExistsError, NotADirectoryError) as e:
@@ -134,17 +147,6 @@ class TrunkCache:
         return f"TrunkCache(limit={self.limit:g} GB)"
 
 # %% ../../nbs/4_training/30_cache.ipynb #7357d095
-def is_whole(
-    path: Path,  # an .npy file, or nothing
-) -> bool:
-    "Whether there is an entry, with all the bytes that its header promises."
-    try:
-        np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
-    return True
-
-
 def by_age(
     folder: Path,  # of the cache
     pattern: str,  # of file names
@@ -176,45 +178,51 @@ class Trunk:
 
         self.fingerprint = trunk_fingerprint(backbone, cut)
         self.cut, self.device = cut, torch.device(device)
-        self.net: nn.Module = fused(backbone).to(device).eval()
+        self.net: Backbone = fused(backbone).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        "Features of pixels [B, 3, S, S] in [0, 1]: the output of stage cut - 1."
-        x = x.to(self.device).contiguous(memory_format=torch.channels_last)
+        "Features of pixels [B, 3, S, S] in [0, 1], or of tokens [B, 2, T]: the output of stage cut - 1."
+        x = x.to(self.device)
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # rounding to float16 is enough
             return torch.as_tensor(self.net(x, stop=self.cut))
 
     def shape(self, size: int) -> tuple[int, ...]:
-        "Shape of one image's features, [C, h, w]."
-        return tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
+        "Shape of one sample's features: [C, h, w], [D], or [T, D + 1] of a text with the most tokens."
+        return tuple(self(self.net.example(1, size=size)).shape[1:])
 
 # %% ../../nbs/4_training/30_cache.ipynb #8a96a43a
+def stored_shape(
+    samples: Samples,  # N images or texts
+    views: Views,  # how they are shown
+    trunk: Trunk,  # what they run through
+) -> tuple[tuple[int, ...], Rows | None]:  # of all numbers; the ends of the samples, where they differ in length
+    "How much an entry will hold, before it is computed."
+    one = trunk.shape(views.spec.size)
+    if len(one) != 2:
+        return (len(samples), *one), None
+    ends = np.cumsum(cast("Tokens", views.spec).lengths(samples))
+    return (int(ends[-1]), one[1]), ends
+
+
 def write_features(
     path: Path,  # an .npy file, written in place
-    samples: Samples,  # N images
+    samples: Samples,  # N images or texts
     views: Views,  # how they are shown
     view: int,  # which view
     trunk: Trunk,  # what to run them through
     *,
-    batch_size: int = 64,  # images at a time; bounds the memory
+    shape: tuple[int, ...],  # of all numbers
+    ends: Rows | None,  # of the samples, where they differ in length
+    batch_size: int = 64,  # samples at a time; bounds the memory
 ) -> None:
-    "Run all samples through the trunk, writing float16 as we go."
-    shape = (len(samples), *trunk.shape(views.spec.size))
+    "Run all samples through the trunk, texts of similar length together, writing float16 as we go."
     with path.open("wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        read = batches(samples, np.arange(len(samples)), batch_size=batch_size, spec=views.spec)
+        layout = begin(f, shape, ends)
+        read = batches(samples, samples.by_length(), batch_size=batch_size, spec=views.spec)
         for batch in progress(read, f"frozen stages, view {view}", total=math.ceil(len(samples) / batch_size)):
-            z = trunk(views.make(batch, view))
-            f.write(half(z).cpu().contiguous().numpy().tobytes())
-
-# %% ../../nbs/4_training/30_cache.ipynb #a862e240
-def half(
-    x: Tensor,  # any float tensor
-) -> Tensor:  # float16
-    "To half precision; what is too large for it becomes its largest number instead of infinity."
-    limit = torch.finfo(torch.float16).max
-    return x.clamp(-limit, limit).half()
+            put(f, layout, batch.index.numpy(), trunk(views.make(batch, view)))
 
 # %% ../../nbs/4_training/30_cache.ipynb #c05192da
 @dataclass
@@ -241,15 +249,12 @@ class Stream:
                 yield from self._stored(path, order[start * batch_size :], batch_size)
                 return
         for batch in batches(self.samples, order, batch_size=batch_size, spec=self.views.spec, start=start):
-            pixels = self.views.make(batch, view)
-            yield Batch(self.trunk(pixels) if self.trunk else pixels, batch.y, batch.index)
+            x = self.views.make(batch, view)
+            yield Batch(self.trunk(x) if self.trunk else x, batch.y, batch.index)
 
     def _stored(self, path: Path, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
         with path.open("rb") as f:  # held open: an entry that is evicted meanwhile stays readable
-            np.lib.format.read_magic(f)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-            start = f.tell()
+            layout = layout_of(f)
             for rows in np.split(order, range(batch_size, len(order), batch_size)):
-                stored = np.memmap(f, dtype, "r", start, shape)
-                x = torch.from_numpy(np.asarray(stored[rows])).float()  # [B, C, h, w]
+                x = take(f, layout, rows)
                 yield Batch(x, torch.from_numpy(self.samples.labels[rows]), torch.from_numpy(rows))

@@ -5,20 +5,43 @@
 # %% ../../nbs/4_training/20_finetune.ipynb #5fb9952a
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.registry import check
 from ..data.datasets import Batch
 from ..heads.heads import Model
+from .averaging import Averaged
+from .losses import Anchor, l2_sp, smoothed_loss
 from .methods import METHODS, Losses, Network, ParamGroup, parts
+from .mixing import Mix, mixed
 
 # %% auto #0
-__all__ = ['FineTune']
+__all__ = ['check_settings', 'FineTune']
+
+# %% ../../nbs/4_training/20_finetune.ipynb #2b714f5a
+def check_settings(
+    method: FineTune,  # as it was asked for
+) -> None:
+    "Refuse settings that make no sense, by name."
+    bounds = {"rate": "above 0", "head_rate": "above 0", "falloff": "above 0 and up to 1", "decay": "0 or more"}
+    bounds |= {"depth": "0 or more", "gradual": "0 or more", "smoothing": "0 to below 1", "pull": "0 or more"}
+    bounds |= {"average": "0 to below 1", "speed": "above 0"}
+    for name, allowed in bounds.items():
+        value = 1e-3 if name == "rate" and method.rate is None else getattr(method, name)
+        low = value > 0 if allowed.startswith("above") else value >= 0
+        high = value < 1 if "below 1" in allowed else value <= 1 if "up to 1" in allowed else value < math.inf
+        check(low and high, f"{name}={value}: it has to be {allowed}.")
+    wrong = [w for w in method.weights if not 0 < w < math.inf]
+    check(not wrong, f"weights={method.weights}: each class weight has to be above 0; found {wrong}.")
+    check(
+        method.mix is None or isinstance(method.mix, Mix),
+        f"mix={method.mix!r}: give a Mix, e.g. Mix('mixup'), or None.",
+    )
 
 # %% ../../nbs/4_training/20_finetune.ipynb #5bf645e1
 @METHODS.register("finetune")
@@ -27,20 +50,21 @@ class FineTune:
     "Freeze the lower stages, train the upper ones and the head (Howard and Ruder 2018)."
 
     depth: int = 3  # how many of the uppermost stages learn, besides the head; 0 = the head alone
-    rate: float = 1e-3  # peak learning rate of the uppermost stage, > 0
+    rate: float | None = None  # peak learning rate of the uppermost stage, > 0; None: what suits the backbone
     head_rate: float = 3e-3  # peak learning rate of the head, > 0
     falloff: float = 1.0  # factor of the rate from one stage to the one below, above 0 and up to 1
     decay: float = 0.01  # weight decay, >= 0
     gradual: int = 0  # epochs between one stage joining in and the next; 0 = all from the start
     statistics: bool = True  # whether BatchNorm statistics move in the stages that learn
+    smoothing: float = 0.0  # label smoothing, 0 to below 1 (Szegedy 2016)
+    weights: tuple[float, ...] = ()  # of the classes, each > 0, e.g. balanced_weights(data); () = all alike
+    pull: float = 0.0  # L2-SP: pulls stages to where they began, instead of decay, >= 0 (Li 2018)
+    mix: Mix | None = None  # mixup or cutmix
+    speed: float = 1.0  # factor of all learning rates, > 0
+    average: float = 0.0  # decay of the running average that is kept, 0 to below 1; 0 = the last weights
 
     def __post_init__(self) -> None:
-        for name in ("rate", "head_rate"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)}: a learning rate has to be above 0.")
-        check(0 < self.falloff <= 1, f"falloff={self.falloff}: choose a factor above 0 and up to 1.")
-        check(self.decay >= 0, f"decay={self.decay}: weight decay can't be negative.")
-        for name in ("depth", "gradual"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: it has to be 0 or more.")
+        check_settings(self)
 
     @property
     def name(self) -> str:
@@ -48,7 +72,7 @@ class FineTune:
 
     @property
     def needs_pixels(self) -> bool:
-        return False
+        return self.mix is not None and self.mix.where == "pixels"
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -60,22 +84,46 @@ class FineTune:
             self.depth <= len(stages),
             f"depth={self.depth}, but {model.backbone.name} has {len(stages)} stages: {', '.join(stages)}.",
         )
-        return model
+        check(
+            len(self.weights) in (0, len(model.classes)),
+            f"weights has {len(self.weights)} numbers, but there are {len(model.classes)} classes: {', '.join(model.classes)}.",
+        )
+        ready = Averaged(model) if self.average else model
+        if self.pull:
+            ready.add_module("anchor", Anchor(model.backbone))
+        return ready
 
     def groups(self, model: Model) -> Sequence[ParamGroup]:
         named = list(parts(model).items())[::-1]  # the head first, then down
-        head = ParamGroup("head", named[0][1], self.head_rate, self.decay, statistics=True)
+        head = ParamGroup("head", named[0][1], self.speed * self.head_rate, self.decay, statistics=True)
+        decay, rate = 0.0 if self.pull else self.decay, self.speed * (self.rate or model.backbone.rate)
         return [head] + [
-            ParamGroup(name, module, self.rate * self.falloff**i, self.decay, self.gradual * (i + 1), self.statistics)
+            ParamGroup(name, module, rate * self.falloff**i, decay, self.gradual * (i + 1), self.statistics)
             for i, (name, module) in enumerate(named[1 : 1 + self.depth])
             if any(True for _ in module.parameters())
         ]
 
     def loss(self, network: Network, batch: Batch) -> Losses:
-        return {"cross-entropy": nn.functional.cross_entropy(network(batch.x), batch.y)}
+        x, labels = mixed(batch, self.mix)
+        logits = network(x)
+        weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
+        each = [s * smoothed_loss(logits, y, smoothing=self.smoothing, weights=weights) for s, y in labels]
+        losses = {"cross-entropy": torch.stack(each).sum()}
+        if self.pull:
+            start = network.model.get_submodule("anchor").buffers()
+            losses["l2-sp"] = l2_sp(network.model.backbone.parameters(), start, pull=self.pull)
+        return losses
 
     def step(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
+        if isinstance(model, Averaged):
+            model.follow(self.average)
 
     def finish(self, model: Model) -> Model:
-        return model
+        if self.pull:
+            del model.anchor
+        return model.settle() if isinstance(model, Averaged) else model
+
+    def faster(self, factor: float) -> FineTune:
+        "The same method with all learning rates times `factor` (> 0), e.g. what `find_rate` suggests."
+        return replace(self, speed=self.speed * factor)

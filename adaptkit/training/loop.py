@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ..data.splits import save_split
 from ..heads.heads import Model, save_model
 from .cache import TrunkCache
 from .control import Control, Event, Observer, ProgressBar, Stop, When, check_observers
-from .methods import Losses, Method, check_answers, check_gradients, set_learning
+from .methods import Losses, Method, Network, check_answers, check_gradients, set_learning
 from .runs import Run, append_line, open_folder, read_lines, run_folder, surroundings
 from .session import Plan, Session, check_request, checkpoint, epoch_batches, request_of, restore
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'remind', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit',
-           'attend', 'make_fabric', 'check_fit', 'describe_data', 'describe_run', 'is_over', 'keep']
+           'attend', 'make_fabric', 'check_fit', 'describe_data', 'kept_epoch', 'describe_run', 'is_over', 'keep']
 
 # %% ../../nbs/4_training/10_loop.ipynb #09f4b7f5
 def train(
@@ -72,7 +71,7 @@ def batch_loss(
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed(seed)
-        losses: Losses = s.method.loss(s.network, batch)
+        losses: Losses = s.method.loss(Network(s.network, s.model), batch)
     loss = torch.stack(list(losses.values())).sum()
     if not math.isfinite(float(loss.detach())):
         module = first_nonfinite(s.model, lambda: s.network(batch.x))
@@ -105,6 +104,8 @@ def close_epoch(s: Session, control: Control, observers: tuple[Observer, ...], e
     loss, accuracy = validate(s)
     mean = sum(s.losses) / len(s.losses)
     s.losses.clear()
+    if s.plan.keep == "best":
+        s.best.offer(epoch, loss, s.model)
     write_json(s.folder / "ledger.json", s.ledger.rows)
     tell(s, control, observers, When.EPOCH, loss=mean, valid_loss=loss, valid_accuracy=accuracy, seconds=seconds)
 
@@ -125,7 +126,7 @@ def validate(s: Session) -> tuple[float, float]:
     "Mean cross-entropy and accuracy on the validation split."
     s.model.eval()
     loss, right, n = 0.0, 0, len(s.data.valid)
-    for batch in s.streams["valid"].batches(np.arange(n), max(s.plan.batch_size, 64)):
+    for batch in s.streams["valid"].batches(s.data.valid.by_length(), max(s.plan.batch_size, 64)):
         batch = batch.to(s.fabric.device)
         logits = s.network(batch.x).float()
         loss += float(nn.functional.cross_entropy(logits, batch.y, reduction="sum"))
@@ -223,10 +224,14 @@ def check_fit(model: Model, data: Data, plan: Plan) -> None:
         tuple(model.classes) == tuple(data.classes),
         f"The model was built for the classes {list(model.classes)}, the data have {list(data.classes)}: build_model(..., data) makes one that fits.",
     )
+    kind, reads = data.kind, model.backbone.kind
+    check(kind == reads, f"{model.backbone.name} reads {reads}s, the data are {kind}s: choose a backbone for {kind}s.")
+    changes = plan.augment.kind if plan.augment else kind
+    check(changes == kind, f"augment={plan.augment} is for {changes}s, the data are {kind}s.")
     step = plan.batch_size * plan.accumulate
     check(
         step <= len(data.train),
-        f"One step takes {step} images (batch_size x accumulate), but there are only {len(data.train)} to train on: choose a smaller batch_size.",
+        f"One step takes {step} {kind}s (batch_size x accumulate), but there are only {len(data.train)} to train on: choose a smaller batch_size.",
     )
 
 # %% ../../nbs/4_training/10_loop.ipynb #ecb8bbff
@@ -235,6 +240,13 @@ def describe_data(data: Data) -> dict[str, Any]:
     rows = {name: len(samples) for name, samples in data.splits.items()}
     told = {"name": data.name, "fingerprint": data.fingerprint, "source": asdict(data.source), "seed": data.seed}
     return {**told, "unreadable": len(data.unreadable), "classes": list(data.classes), "rows": rows}
+
+# %% ../../nbs/4_training/10_loop.ipynb #2c6ea149
+def kept_epoch(s: Session) -> int | None:
+    "The epoch whose weights are kept, from 0; None if there was no step."
+    if s.best.weights:
+        return s.best.epoch
+    return (s.step - 1) // s.per_epoch if s.step else None
 
 # %% ../../nbs/4_training/10_loop.ipynb #5de024a2
 def describe_run(s: Session, control: Control, status: str, why: str = "") -> None:
@@ -251,6 +263,7 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
         "plan": asdict(s.plan),
         "groups": learning,
         "cut": s.cut,
+        "kept_epoch": kept_epoch(s) if status in ("done", "stopped") else None,
         "actions": control.record(),
         "request": s.request,
     }
@@ -268,7 +281,8 @@ def is_over(
 
 
 def keep(s: Session, control: Control) -> None:
-    "Finish the method, write the model and the last records."
+    "Go back to the best epoch if the plan says so, finish the method, write the model and the last records."
+    s.best.put_back(s.model)
     model = s.method.finish(s.model).to("cpu").eval()
     save_model(model, s.folder)
     write_json(s.folder / "ledger.json", s.ledger.rows)

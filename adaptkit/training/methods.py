@@ -18,7 +18,7 @@ from ..data.datasets import Batch
 from ..heads.heads import Model
 
 # %% auto #0
-__all__ = ['Losses', 'Network', 'METHODS', 'ParamGroup', 'parts', 'Method', 'check_answers', 'set_learning', 'one_cycle',
+__all__ = ['Losses', 'METHODS', 'ParamGroup', 'parts', 'Network', 'Method', 'check_answers', 'set_learning', 'one_cycle',
            'Ledger', 'check_gradients']
 
 # %% ../../nbs/4_training/06_methods.ipynb #ff096b87
@@ -42,7 +42,17 @@ def parts(
 
 # %% ../../nbs/4_training/06_methods.ipynb #f9e72591
 Losses = dict[str, Tensor]  # named parts of the loss, scalars; the loop minimises their sum
-Network = Callable[[Tensor], Tensor]  # from a batch's x to logits, [B, ...] -> [B, classes]
+
+
+@dataclass(frozen=True)
+class Network:
+    "What a loss may ask: called with a batch's x it gives logits; and it knows the weights, for losses that are about them."
+
+    forward: Callable[[Tensor], Tensor]  # from a batch's x to logits, [B, ...] -> [B, classes]
+    model: Model  # what is trained, as `prepare` returned it
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
 
 
 class Method(Protocol):

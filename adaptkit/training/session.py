@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from ..core.files import digest, replacing
 from ..core.registry import check, unknown
-from ..data.datasets import Batch, Data
-from ..data.images import Augment, Preprocess
+from ..data.datasets import Batch, Data, Rows
+from ..data.images import Augment
 from ..heads.heads import Model
-from .cache import Stream, Trunk, TrunkCache, Views
+from ..models.tokens import WordDropout
+from .best import Best
+from .cache import Change, Stream, Trunk, TrunkCache, Views
 from .control import Action, Control
 from .methods import Ledger, Method, ParamGroup, one_cycle, parts, set_learning
 from .runs import append_line, load_checkpoint, optimizer_tensors, read_lines, save_checkpoint
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # %% auto #0
-__all__ = ['CHOICES', 'Plan', 'epoch_order', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'request_of',
+__all__ = ['CHOICES', 'CHANGES', 'Plan', 'epoch_order', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'request_of',
            'check_request', 'obey', 'unfreeze', 'epoch_batches', 'checkpoint', 'restore']
 
 # %% ../../nbs/4_training/08_session.ipynb #52ce3e8d
@@ -41,7 +43,11 @@ CHOICES = {
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
     "accelerator": ("auto", "cpu", "cuda", "gpu", "mps"),
     "fit": ("squash", "crop", "pad"),
+    "keep": ("last", "best"),
 }
+
+
+CHANGES: dict[str, Change] = {"image": Augment(hflip=True), "text": WordDropout(0.0)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,9 @@ class Plan:
     batch_size: int = 32  # images for one forward and backward pass
     accumulate: int = 1  # batches whose gradients make one step
     views: int = 4  # augmented versions of each image that are cycled through
-    augment: Augment = Augment(hflip=True)
+    augment: Augment | WordDropout | None = (
+        None  # what a view may change; None: left and right of images, nothing of texts
+    )
     fit: Literal["squash", "crop", "pad"] = "squash"  # how an image becomes square
     warmup: float = 0.25  # share of the run in which the learning rate rises
     optimizer: Literal["adamw", "sgd"] = "adamw"  # decoupled Adam (Loshchilov and Hutter 2019); SGD has momentum 0.9
@@ -61,16 +69,11 @@ class Plan:
     seed: int = 0  # of the order, the augmentation and dropout
     cache: bool = True  # whether the outputs of frozen stages are kept on disk
     checkpoint_every: int = 0  # batches between checkpoints; 0 = at the end of each epoch only
+    keep: Literal["last", "best"] = "last"  # which epoch's weights: the last one's, or those with the lowest valid_loss
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("views", 1),
-            ("seed", 0),
-            ("checkpoint_every", 0),
-        ):
+        lowest = {"epochs": 1, "batch_size": 1, "accumulate": 1, "views": 1, "seed": 0, "checkpoint_every": 0}
+        for name, least in lowest.items():
             value = getattr(self, name)
             check(
                 isinstance(value, int) and value >= least,
@@ -87,10 +90,18 @@ def epoch_order(
     per_step: int,  # images in one step; the incomplete step at the end is left out
     seed: int,
     epoch: int,  # from 0
-) -> np.ndarray:  # row numbers
-    "The order in which an epoch visits the images."
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return order[: rows // per_step * per_step]
+    *,
+    lengths: Rows | None = None,  # [rows], of texts
+    batch_size: int = 32,  # texts of similar length in one batch
+) -> Rows:  # row numbers
+    "The order in which an epoch visits the samples: random, and texts of similar length in one batch."
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(rows)[: rows // per_step * per_step]
+    if lengths is None:
+        return order
+    windows = np.split(order, range(64 * batch_size, len(order), 64 * batch_size))
+    alike = [w[np.argsort(lengths[w], kind="stable")].reshape(-1, batch_size) for w in windows]
+    return np.concatenate([rng.permutation(w) for w in alike]).ravel()
 
 # %% ../../nbs/4_training/08_session.ipynb #1f0d4363
 class Session:
@@ -102,12 +113,14 @@ class Session:
         self.data, self.method, self.plan = data, method, plan
         self.fabric, self.folder, self.cache = fabric, folder, cache
         self.model = method.prepare(copy.deepcopy(model)).to(memory_format=torch.channels_last)
-        self.model.preprocess = {"size": model.size, "fit": plan.fit}
+        if data.kind == "image":
+            self.model.preprocess["fit"] = plan.fit
         self.groups = list(method.groups(self.model))
         self.request = request_of(model, data, method, plan)
         self.per_epoch = len(data.train) // (plan.batch_size * plan.accumulate) * plan.accumulate
         self.step, self.factor, self.stopped = 0, 1.0, ""
         self.losses: list[float] = []  # of this epoch
+        self.best = Best()  # of the epochs so far; stays empty where the plan keeps the last one
         self.began = time.perf_counter()
         net, optimizer = fabric.setup(self.model, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = net, optimizer
@@ -133,7 +146,8 @@ class Session:
             return
         self.cut = lowest
         trunk = Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
-        views = Views(Preprocess(self.model.size, self.plan.fit), self.plan.augment, self.plan.views, self.plan.seed)
+        change = self.plan.augment or CHANGES[self.data.kind]
+        views = Views(self.model.reader, change, self.plan.views, self.plan.seed)
         cache = self.cache if self.plan.cache else None
         self.streams = {n: Stream(getattr(self.data, n), views, trunk, cache) for n in ("train", "valid")}
 
@@ -178,7 +192,7 @@ def request_of(
     plan: Plan,
 ) -> str:  # 16 hexadecimal digits
     "Fingerprint of everything that was asked of a run: two runs with the same one must give the same result."
-    asked = (plan_record(plan), method.name, dict(method.config))
+    asked = (plan_record(plan), method.name, dict(method.config), model.config, model.backbone.files)
     return digest(*asked, data.fingerprint, fingerprint(model))
 
 
@@ -235,7 +249,10 @@ def epoch_batches(
 ) -> Iterator[Batch]:
     "What is left of this epoch, batch by batch, obeying the control before each."
     epoch, stream = s.epoch, None
-    order = epoch_order(len(s.data.train), s.plan.batch_size * s.plan.accumulate, s.plan.seed, epoch)
+    train, size = s.data.train, s.plan.batch_size
+    order = epoch_order(
+        len(train), size * s.plan.accumulate, s.plan.seed, epoch, lengths=train.lengths, batch_size=size
+    )
     rest: Iterator[Batch] = iter(())
     while s.epoch == epoch:
         obey(s, control)
@@ -260,9 +277,10 @@ def checkpoint(s: Session, control: Control) -> None:
         "ledger": s.ledger.rows,
         "events": len(read_lines(s.folder / "events.jsonl")),
         "stopped": s.stopped,
+        "best": s.best.record(),
         "seconds": time.perf_counter() - s.began,
     }
-    tensors = {f"model.{k}": v for k, v in s.model.state_dict().items()}
+    tensors = {f"model.{k}": v for k, v in s.model.state_dict().items()} | s.best.tensors()
     save_checkpoint(s.folder / "checkpoint.safetensors", {**tensors, **optimizer_tensors(s.optimizer)}, state)
 
 # %% ../../nbs/4_training/08_session.ipynb #04bb0f01
@@ -285,6 +303,7 @@ def restore(s: Session, control: Control) -> None:
     put_back(s.optimizer, tensors)
     s.step, s.factor, s.losses, s.stopped = state["step"], state["factor"], state["losses"], state["stopped"]
     s.ledger.rows = state["ledger"]
+    s.best = Best.read(tensors, state["best"])
     s.began -= state["seconds"]
     rows = read_lines(s.folder / "events.jsonl")[: state["events"]]
     with replacing(s.folder / "events.jsonl") as part:
