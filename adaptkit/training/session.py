@@ -25,6 +25,7 @@ from ..heads.heads import Model
 from ..models.tokens import WordDropout
 from .best import Best
 from .cache import Change, Stream, Trunk, TrunkCache, Views
+from .compile import compiled, steps_only
 from .control import Action, Control
 from .methods import Ledger, Method, ParamGroup, one_cycle, parts, set_learning
 from .runs import append_line, load_checkpoint, optimizer_tensors, read_lines, save_checkpoint
@@ -68,6 +69,7 @@ class Plan:
     accelerator: str = "auto"  # Fabric's names: "auto", "cpu", "cuda", "mps"
     seed: int = 0  # of the order, the augmentation and dropout
     cache: bool = True  # whether the outputs of frozen stages are kept on disk
+    compile: bool = False  # whether the steps run compiled: faster, after a slow start; needs a C++ compiler
     checkpoint_every: int = 0  # batches between checkpoints; 0 = at the end of each epoch only
     keep: Literal["last", "best"] = "last"  # which epoch's weights: the last one's, or those with the lowest valid_loss
 
@@ -122,8 +124,9 @@ class Session:
         self.losses: list[float] = []  # of this epoch
         self.best = Best()  # of the epochs so far; stays empty where the plan keeps the last one
         self.began = time.perf_counter()
-        net, optimizer = fabric.setup(self.model, make_optimizer(self.groups, plan), move_to_device=True)
-        self.net, self.optimizer = net, optimizer
+        learns = compiled(self.model, data.kind) if plan.compile else self.model
+        net, optimizer = fabric.setup(learns, make_optimizer(self.groups, plan), move_to_device=True)
+        self.net, self.optimizer = steps_only(net) if plan.compile else net, optimizer
         self.ledger = Ledger(self.model)  # on the device where the weights are by now
         self.streams: dict[str, Stream] = {}
         self.cut = -1
@@ -182,7 +185,7 @@ def plan_record(
     plan: Plan,
 ) -> dict[str, Any]:  # JSON-able
     "The settings of a plan that change its result."
-    return {k: v for k, v in asdict(plan).items() if k != "checkpoint_every"}
+    return {k: v for k, v in asdict(plan).items() if k != "checkpoint_every" and (k, v) != ("compile", False)}
 
 
 def request_of(

@@ -161,7 +161,7 @@ class WandB(Copier):
     def __repr__(self) -> str:
         return f"WandB({self.project!r}, {self.told!r})"
 
-# %% ../../nbs/4_training/40_trackers.ipynb #8f322fe7
+# %% ../../nbs/4_training/40_trackers.ipynb #880e6fe9
 def log_pieces(
     path: Path,  # a .wandb file; its end may be missing
 ) -> Iterator[bytes]:  # one record each
@@ -172,8 +172,10 @@ def log_pieces(
             at += 32768 - at % 32768
             continue
         size, kind = struct.unpack_from("<HB", log, at + 4)
-        record += log[at + 7 : at + 7 + size]
         at += 7 + size
+        if at > len(log):  # cut off by a crash
+            return
+        record += log[at - size : at]
         if kind in (1, 4):  # whole, or the last piece
             yield record
             record = b""
