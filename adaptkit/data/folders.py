@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from .splits import SHARES, divided
 
 # %% auto #0
 __all__ = ['COMPANIONS', 'SPLIT_NAMES', 'refuse', 'flaw', 'hidden', 'walk', 'Entry', 'check_filled', 'scan', 'table_rows',
-           'located', 'read_table', 'ordered', 'set_aside', 'offered', 'load_folder']
+           'lists_images', 'located', 'read_table', 'ordered', 'set_aside', 'offered', 'load_folder']
 
 # %% ../../nbs/1_data/14_folders.ipynb #2f3277c4
 COMPANIONS = frozenset(
@@ -149,6 +150,17 @@ def table_rows(
                 yield reader.line_num + 1, {k: str(v).strip() for k, v in row.items() if k}
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise AdaptkitError(f"Cannot read {path} as a table in UTF-8: {e}.") from e
+
+# %% ../../nbs/1_data/14_folders.ipynb #75ac4b20
+def lists_images(
+    path: Path,  # perhaps a table
+) -> bool:
+    "Whether a table names image files, not texts."
+    if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        first = f.readline(10_000).decode("utf-8-sig", "ignore").lower()
+    return {"file", "label"} <= {name.strip('" \r\n') for name in re.split("[,;\t]", first)}
 
 # %% ../../nbs/1_data/14_folders.ipynb #510f2957
 def located(
