@@ -16,17 +16,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from adaptkit.core.files import read_json
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.corpora import distinct, said
 from adaptkit.data.datasets import Data, Samples, Source, batches
-from adaptkit.data.records import LONGEST, guess, open_table
+from adaptkit.data.records import LONGEST, guess
 from adaptkit.data.sources import load_data
 from adaptkit.data.splits import divided, joined, load_split, save_split, split_rows
 from adaptkit.data.tables import KEPT, class_names, load_table
-from adaptkit.data.texts import Listing, Strings, Texts, draw_lengths, show_texts, shortened, strings
+from adaptkit.data.texts import Listing, Strings, Texts, draw_lengths, shortened, show_texts, strings
 from adaptkit.testing import check_data_source
 
 SOURCE = Source("Test", "CC0", "Nobody, 2026.")
@@ -248,6 +249,23 @@ def test_groups_that_cannot_be_divided() -> None:
         divided(some(60, 2), name="t", classes="ab", source=SOURCE, seed=0, given=given_, groups=np.r_[np.arange(39), 7, 7, np.arange(100, 119)])
     with pytest.raises(AdaptkitError, match="given splits name .'tset'"):
         divided(some(60, 2), name="t", classes="ab", source=SOURCE, seed=0, given=["tset"] * 60)
+
+
+def test_a_column_of_groups_in_a_table_of_images(tmp_path: Path) -> None:
+    for i in range(60):
+        Image.fromarray(np.full((10, 14), i, np.uint8)).save(tmp_path / f"{i}.png")
+    made = [(f"{i}.png", "ab"[i // 2 % 2], f"p{i // 2}" if i < 50 else "") for i in range(60)]
+    path = write(tmp_path / "t.csv", made, head=("file", "label", "Group"))
+    d = load_data(path)
+    owners = [set(s.groups) for s in d.splits.values()]
+    assert sum(map(len, owners)) == len(set.union(*owners)) == 35
+    renamed = write(tmp_path / "u.csv", made, head=("file", "label", "patient"))
+    assert load_data(renamed, group="Patient").fingerprint == d.fingerprint and len(load_data(renamed).train.groups) == 0
+    with pytest.raises(AdaptkitError, match="u.csv has no column 'group'; found: file, label, patient"):
+        load_data(renamed, group="group")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(AdaptkitError, match="has no table of labels, so there is no column 'x'"):
+        load_data(tmp_path, group="x")
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

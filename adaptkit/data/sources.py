@@ -260,7 +260,7 @@ def check_kind(
     where: str,  # the name, for the error
 ) -> None:
     "Columns belong to texts; a reader who names them has given the wrong thing, or a table of images."
-    asked = sorted({"text", "label", "group", "split_column"} & set(options))
+    asked = sorted({"text", "label", "split_column"} & set(options))
     if asked and isinstance(load, partial) and load.func is load_folder:
         what = "lists images, in its columns file and label" if load.keywords else "is a folder of images"
         check(
