@@ -175,7 +175,7 @@ def check_data_source(
         for i in range(len(samples)):
             name = samples.name(i)
             check(
-                seen.setdefault(f"{name}", split) == split or not samples.names,
+                seen.setdefault(name, split) == split or not len(samples.names),
                 f"{data.name}: {name} is in {seen[name]} and in {split}.",
             )
         labels = np.unique(samples.labels)
@@ -183,6 +183,9 @@ def check_data_source(
             list(labels) == list(range(len(data.classes))),
             f"{data.name}: {split} has the labels {labels.tolist()}, the classes are {data.classes}.",
         )
+        if samples.kind == "text":
+            check(bool(samples.text(0).strip()), f"{data.name}: the first text of {split} is empty.")
+            continue
         image = samples.image(0)
         check(
             image.dtype == np.uint8 and image.ndim == 3,

@@ -242,7 +242,7 @@ def test_wrong_shares(shares: tuple[float, ...]) -> None:
 
 def test_too_small_a_class_is_named_with_its_count() -> None:
     labels = np.array([0] * 20 + [1])
-    with pytest.raises(AdaptkitError, match=r"Class 'rare' has too few usable images \(1\): train, valid, test need"):
+    with pytest.raises(AdaptkitError, match=r"Class 'rare' has too few usable examples \(1\): train, valid, test need"):
         split_rows(labels, classes=["common", "rare"])
 
 
@@ -252,7 +252,7 @@ def test_given_splits_stay_as_they_are() -> None:
     d = divided(samples, name="t", classes="abc", source=SOURCE, seed=0, given=given_)
     assert d.test.names == [str(i) for i in range(40, 60)] and len(d.train) + len(d.valid) == 40
     assert 4 <= len(d.valid) <= 7
-    with pytest.raises(AdaptkitError, match=r"No usable image of \['c'\] in 't' for test"):
+    with pytest.raises(AdaptkitError, match=r"No usable example of \['c'\] in 't' for test"):
         divided(samples.take([*range(40), 42, 43]), name="t", classes="abc", source=SOURCE, seed=0,
                 given=["train"] * 40 + ["test"] * 2)  # fmt: skip
 

@@ -196,10 +196,10 @@ def test_given_split_folders(tmp_path: Path, given: set[str]) -> None:
 def test_a_given_test_folder_must_know_every_class(tmp_path: Path) -> None:
     folder(tmp_path / "train", a=10, b=10)
     folder(tmp_path / "test", a=3)
-    with pytest.raises(AdaptkitError, match=r"No usable image of \['b'\] in .* for test"):
+    with pytest.raises(AdaptkitError, match=r"No usable example of \['b'\] in .* for test"):
         load_data(tmp_path)
     folder(tmp_path / "test", b=3, z=3)
-    with pytest.raises(AdaptkitError, match=r"No usable image of \['z'\] in .* for train"):
+    with pytest.raises(AdaptkitError, match=r"No usable example of \['z'\] in .* for train"):
         load_data(tmp_path)
 
 
@@ -307,7 +307,7 @@ def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_class_with_too_few_images(tmp_path: Path, n: int) -> None:
-    with pytest.raises(AdaptkitError, match=rf"Class 'b' has too few usable images \({n}\): train"):
+    with pytest.raises(AdaptkitError, match=rf"Class 'b' has too few usable examples \({n}\): train"):
         load_data(folder(tmp_path, a=9, b=n))
 
 
@@ -356,7 +356,7 @@ def test_shares_that_are_none(shares: tuple[float, ...]) -> None:
         load_data("digits", shares=shares)
 
 
-@pytest.mark.parametrize(("change", "says"), [({"seed": None}, "needs 'seed'"), ({"splits": {"train": ["0"], "valid": [], "test": []}}, "no image into valid and test")])
+@pytest.mark.parametrize(("change", "says"), [({"seed": None}, "needs 'seed'"), ({"splits": {"train": ["0"], "valid": [], "test": []}}, "nothing into valid and test")])
 def test_a_stored_division_that_is_damaged(tmp_path: Path, change: dict, says: str) -> None:
     path = save_split(load_data("digits"), tmp_path / "split.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.files import digest
 from ..core.progress import progress
-from ..core.registry import check, unknown
+from ..core.registry import AdaptkitError, check, unknown
 from .images import Pixels, Preprocess, preprocess, read_image
 
 # %% auto #0
@@ -94,13 +94,15 @@ class Samples:
 
     items: Sequence[Path] | Pixels  # image files, or uint8 [N, H, W] or [N, H, W, 3]
     labels: Rows  # [N], numbers of the classes
-    names: Sequence[str] = ()  # N names by which a stored split finds the images again; () = row numbers
+    names: Sequence[str] | Rows = ()  # N names by which a stored split finds the items again; () = row numbers
+    groups: Sequence[str] | npt.NDArray[Any] = ()  # N patients, customers, ... whose items stay together; () = unknown
 
     kind: ClassVar[str] = "image"  # what an item is; a model says which kind it reads
 
     def __post_init__(self) -> None:
-        n, labels, names = len(self.items), len(self.labels), len(self.names)
-        check(labels == n and names in (0, n), f"There are {n} {self.kind}s but {labels} labels and {names} names.")
+        n, labels, names, groups = map(len, (self.items, self.labels, self.names, self.groups))
+        found = f"{labels} labels and {names} names" + (f" and {groups} groups" if groups else "")
+        check(labels == n and {names, groups} <= {0, n}, f"There are {n} {self.kind}s but {found}.")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -109,22 +111,48 @@ class Samples:
         return f"Samples({len(self)} {self.kind}s, {len(np.unique(self.labels))} classes)"
 
     def name(self, i: int) -> str:
-        "Name of image `i`."
-        return self.names[i] if len(self.names) else str(i)
+        "Name of item `i`."
+        return str(self.names[i]) if len(self.names) else str(i)
 
     def image(self, i: int, *, at_least: int = 0) -> Pixels:
         "Image `i` as uint8 [H, W, 3]; `at_least` as in `read_image`."
         return picture(self.items[i], at_least=at_least)
 
-    def load(self, index: Sequence[int] | Rows, spec: Preprocess) -> Tensor:
-        "Images `index`, decoded in parallel, as uint8 [B, 3, size, size]."
+    def text(self, i: int) -> str:
+        "Text `i`; images have none."
+        raise AdaptkitError(f"Item {i} is an image: it has pixels, image({i}), but no text.")
+
+    @property
+    def lengths(self) -> Rows:  # [N], for batches of like with like
+        "How long each item is; images are all alike."
+        return np.ones(len(self), np.int64)
+
+    def load(self, index: Sequence[int] | Rows, spec: Any) -> Tensor:
+        "Images `index`, decoded in parallel, as uint8 [B, 3, size, size]; `spec` is a `Preprocess`."
         return squares((self.items[int(i)] for i in index), spec)
 
     def take(self, index: Sequence[int] | Rows) -> Samples:
         "The samples with these row numbers, in this order."
         rows, items = np.asarray(index, np.int64), self.items
         items = items[rows] if isinstance(items, np.ndarray) else [items[i] for i in rows]
-        return Samples(items, self.labels[rows], [self.name(i) for i in rows])
+        return Samples(items, self.labels[rows], [self.name(i) for i in rows], self.groups_of(rows))
+
+    def groups_of(self, rows: Rows) -> Sequence[str] | npt.NDArray[Any]:
+        "The groups of some rows, where groups are known."
+        return np.asarray(self.groups)[rows] if len(self.groups) else ()
+
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        "One after the other: all files, or all arrays of one size."
+        arrays = all(isinstance(p.items, np.ndarray) for p in parts)
+        items: Any = np.concatenate([p.items for p in parts]) if arrays else [item for p in parts for item in p.items]
+        names, known = [p.name(i) for p in parts for i in range(len(p))], all(len(p.groups) for p in parts)
+        groups = np.concatenate([np.asarray(p.groups) for p in parts]) if known else ()
+        return Samples(items, np.concatenate([p.labels for p in parts]), names, groups)
+
+    def draw(self, data: Data, *, n: int | None = None, split: str = "train", rows: int = 10) -> Any:
+        "What `Data.show` shows of such items: a figure."
+        return show_samples(data, n=n or 8, split=split, rows=rows)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,7 +164,7 @@ class Samples:
 class Batch:
     "A few samples, ready for a model."
 
-    x: Tensor  # float32 [B, 3, S, S] in [0, 1]
+    x: Tensor  # float32 [B, 3, S, S] in [0, 1]; of texts int64 [B, 2, T], token numbers and mask
     y: Tensor  # int64 [B], numbers of the classes
     index: Tensor  # int64 [B], row numbers in the split
 
@@ -152,7 +180,7 @@ def make_batch(
     samples: Samples,  # where from
     rows: Rows,  # [B], which
     *,
-    spec: Preprocess,  # side and fit
+    spec: Any,  # of the model: Preprocess (side and fit) for images, a TextSpec for texts
 ) -> Batch:
     "Load some rows as one batch."
     x = samples.load(rows, spec)  # uint8 [B, 3, S, S], or whole numbers of another width
@@ -182,8 +210,8 @@ def batches(
     samples: Samples,  # what to read
     order: Sequence[int] | Rows,  # row numbers, in the order in which to read them
     *,
-    batch_size: int,  # images in a batch, >= 1; the last batch may be smaller
-    spec: Preprocess,  # side and fit
+    batch_size: int,  # items in a batch, >= 1; the last batch may be smaller
+    spec: Any,  # of the model: Preprocess (side and fit) for images, a TextSpec for texts
     start: int = 0,  # how many batches to skip, >= 0: where an interrupted epoch goes on
 ) -> Iterator[Batch]:
     "Read samples batch by batch; the next two are prepared in the background. Close it early and the thread ends."
@@ -221,7 +249,7 @@ class Data:
     test: Samples  # to be looked at once, at the end
     source: Source  # licence and citation
     seed: int  # of the division
-    unreadable: tuple[tuple[str, str], ...] = ()  # files set aside: name and reason
+    unreadable: tuple[tuple[str, str], ...] = ()  # files or rows set aside: name and reason
     task: str = "classification"
 
     @property
@@ -236,7 +264,7 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        "Digest of the images, labels, classes and their division."
+        "Digest of the items, labels, classes and their division."
         return digest(list(self.classes), {name: s.fingerprint for name, s in self.splits.items()})
 
     def __repr__(self) -> str:
@@ -245,18 +273,20 @@ class Data:
         return f"Data({self.name!r}: {len(self.classes)} classes, {parts}{aside})"
 
     def describe(self) -> DataFrame:
-        "Number of images: one row per class and a total, one column per split."
+        "Number of items: one row per class and a total, one column per split."
         return count_table(self)
 
-    def show(self, *, n: int = 8, split: str = "train", rows: int = 10) -> Figure:
-        "`n` images of each of the first `rows` classes, with the licence below."
-        return show_samples(self, n=n, split=split, rows=rows)
+    def show(self, *, n: int | None = None, split: str = "train", rows: int = 10) -> Any:
+        "`n` items (8 images, 3 texts) of each of the first `rows` classes, with the licence below: a figure or a table."
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        return self.splits[split].draw(self, n=n, split=split, rows=rows)
 
 # %% ../../nbs/1_data/10_datasets.ipynb #7b5ac429
 def count_table(
     data: Data,  # what to count
 ) -> DataFrame:  # one row per class and a total, one column per split
-    "Number of images of each class in each split."
+    "Number of items of each class in each split."
     import pandas as pd
 
     columns = {name: np.bincount(s.labels, minlength=len(data.classes)) for name, s in data.splits.items()}
@@ -275,8 +305,6 @@ def show_samples(
     "Draw a row of images for each class."
     from adaptkit.core.figures import Figure
 
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
     shown, samples = data.classes[:rows], data.splits[split]
     figure = Figure(figsize=(1.1 * n + 1, 1.15 * len(shown) + 0.5), layout="constrained")
     for k, line in enumerate(figure.subplots(len(shown), n, squeeze=False)):

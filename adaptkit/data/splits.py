@@ -19,8 +19,8 @@ from ..core.registry import check
 from .datasets import SPLITS, Data, Rows, Samples, Source
 
 # %% auto #0
-__all__ = ['SHARES', 'pattern', 'repaired', 'check_shares', 'split_rows', 'save_split', 'joined', 'load_split', 'shares_left',
-           'rows_of', 'divided']
+__all__ = ['SHARES', 'pattern', 'repaired', 'check_shares', 'deal', 'commonest', 'split_rows', 'save_split', 'joined',
+           'load_split', 'shares_left', 'check_whole', 'split_numbers', 'rows_of', 'divided']
 
 # %% ../../nbs/1_data/12_splits.ipynb #d98b513b
 def pattern(
@@ -41,24 +41,27 @@ def repaired(
     *,
     needed: Sequence[int],  # splits in which every class must appear
     classes: Sequence[str],  # names, for the error
+    groups: Rows | None = None,  # [N], numbers of groups that move as a whole
 ) -> Rows:  # [N]
-    "Move single rows until every class is in every split, or say which class is too small."
-    split = split.copy()
+    "Move single rows (or groups) until every class is in every split, or say which class is too small."
+    split, owner, what = split.copy(), groups, "groups"
+    if owner is None:
+        owner, what = np.arange(len(labels)), "usable examples"  # every row is a group of its own
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        name = classes[label] if len(classes) else str(label)
-        check(
-            len(rows) >= len(needed),
-            f"Class {name!r} has too few usable images ({len(rows)}): {', '.join(SPLITS[s] for s in needed)} need one each. "
-            "Add images or leave the class out.",
-        )
-        for s in needed:
-            if not (split[rows] == s).any():
-                largest = np.bincount(split[rows]).argmax()
-                split[rows[split[rows] == largest][-1]] = s
+        for s in sorted(set(needed) - set(np.unique(split[rows]).tolist())):
+            owners, first = np.unique(owner[rows], return_index=True)
+            name = classes[label] if len(classes) else str(label)
+            check(
+                len(owners) >= len(needed),
+                f"Class {name!r} has too few {what} ({len(owners)}): {', '.join(SPLITS[s] for s in needed)} need one each. "
+                "Add some or leave the class out.",
+            )
+            at = split[rows[first]]  # where each group is now
+            split[owner == owners[at == np.bincount(at).argmax()][-1]] = s
     return split
 
-# %% ../../nbs/1_data/12_splits.ipynb #89b327cd
+# %% ../../nbs/1_data/12_splits.ipynb #ddccfe44
 def check_shares(
     shares: Sequence[float],  # train, valid, test
 ) -> None:
@@ -66,27 +69,55 @@ def check_shares(
     fine = len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6
     check(fine, f"shares are {tuple(shares)}: three numbers, none negative, that add up to 1.")
 
+# %% ../../nbs/1_data/12_splits.ipynb #9ec0ca89
+def deal(
+    labels: Rows,  # [N], classes
+    *,
+    shares: Sequence[float],  # one per split, together 1
+    strata: npt.NDArray[Any] | None,  # [N], something else to keep in proportion
+    seed: int,  # another seed, another division
+) -> Rows:  # [N], split numbers
+    "Shuffle, sort by class (and stratum), deal: every class gets its shares."
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    keys = [] if strata is None else [np.unique(strata, return_inverse=True)[1][shuffled]]
+    order = shuffled[np.lexsort([*keys, labels[shuffled]])]  # sorted by class, then stratum, then chance
+    split = np.empty(len(labels), np.int64)
+    split[order] = pattern(len(labels), shares)
+    return split
 
+# %% ../../nbs/1_data/12_splits.ipynb #9dffaed9
+def commonest(
+    groups: Rows,  # [N], numbers from 0
+    labels: Rows,  # [N], classes
+) -> Rows:  # one per group
+    "The class that each group holds most of."
+    many = int(labels.max(initial=0)) + 1
+    pairs, count = np.unique(groups * many + labels, return_counts=True)
+    last = pairs[np.lexsort((count, pairs // many))]  # within a group, the most frequent class comes last
+    found = np.zeros(int(groups.max(initial=-1)) + 1, np.int64)
+    found[last // many] = last % many  # and the last one stays
+    return found
+
+# %% ../../nbs/1_data/12_splits.ipynb #ada2fd72
 def split_rows(
     labels: Rows,  # [N], classes
     *,
     shares: Sequence[float] = (0.65, 0.10, 0.25),  # train, valid, test; together 1; 0 leaves a split empty
     strata: npt.NDArray[Any] | None = None,  # [N], something else to keep in proportion, e.g. the type of cell
+    groups: npt.NDArray[Any] | None = None,  # [N], who belongs together; instead of strata
     seed: int = 0,  # another seed, another division
     classes: Sequence[str] = (),  # names of the classes, for the error
 ) -> tuple[Rows, Rows, Rows]:  # row numbers of train, valid, test, each ascending
     "Divide rows at random, keeping the proportions of the classes (and strata) in every split."
     check_shares(shares)
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    keys = (
-        [labels[shuffled]]
-        if strata is None
-        else [np.unique(strata, return_inverse=True)[1][shuffled], labels[shuffled]]
-    )
-    order = shuffled[np.lexsort(keys)]  # sorted by class, then stratum, then chance
-    split = np.empty(len(labels), np.int64)
-    split[order] = pattern(len(labels), shares)
-    split = repaired(split, labels, needed=[s for s in range(3) if shares[s] > 0], classes=classes)
+    check(strata is None or groups is None, "Groups and strata can't both be kept: choose one of them.")
+    if groups is None:
+        owner, split = None, deal(labels, shares=shares, strata=strata, seed=seed)
+    else:  # whole groups are dealt, those of like class and like size one after the other
+        owner = np.unique(groups, return_inverse=True)[1]
+        split = deal(commonest(owner, labels), shares=shares, strata=-np.bincount(owner), seed=seed)[owner]
+    needed = [s for s in range(3) if shares[s] > 0]
+    split = repaired(split, labels, needed=needed, classes=classes, groups=owner)
     train, valid, test = (np.flatnonzero(split == s) for s in range(3))
     return train, valid, test
 
@@ -95,23 +126,20 @@ def save_split(
     data: Data,  # divided
     path: str | Path,  # the JSON file to write
 ) -> Path:
-    "Store by name which image is in which split."
+    "Store by name which item is in which split."
     splits = {name: [s.name(i) for i in range(len(s))] for name, s in data.splits.items()}
     return write_json(path, {"name": data.name, "seed": data.seed, "fingerprint": data.fingerprint, "splits": splits})
 
 # %% ../../nbs/1_data/12_splits.ipynb #4b502daf
 def joined(
-    parts: Sequence[Samples],  # of one kind: all files, or all arrays of one size
+    parts: Sequence[Samples],  # of one kind: all files, all arrays of one size, or all texts
 ) -> Samples:  # one after the other
     "Several samples as one."
-    arrays = all(isinstance(p.items, np.ndarray) for p in parts)
-    items: Any = np.concatenate([p.items for p in parts]) if arrays else [item for p in parts for item in p.items]
-    names = [p.name(i) for p in parts for i in range(len(p))]
-    return Samples(items, np.concatenate([p.labels for p in parts]), names)
+    return type(parts[0]).join(parts)
 
 # %% ../../nbs/1_data/12_splits.ipynb #52fed6de
 def load_split(
-    data: Data,  # the same images, however divided
+    data: Data,  # the same items, however divided
     path: str | Path,  # written by save_split
 ) -> Data:  # divided as stored
     "Divide data exactly as a stored split says."
@@ -123,12 +151,14 @@ def load_split(
     )
     check(fine, f"{path} is not a stored split: it needs 'seed', and 'splits' with train, valid and test.")
     empty = [split for split in SPLITS if not stored["splits"][split]]
-    check(not empty, f"{path} puts no image into {' and '.join(empty)}: each split needs some.")
+    check(not empty, f"{path} puts nothing into {' and '.join(empty)}: each split needs some.")
     pool = joined(list(data.splits.values()))
     place = {pool.name(i): i for i in range(len(pool))}
     names = [name for split in SPLITS for name in stored["splits"][split]]
     odd = sorted(set(names) ^ set(place)) or sorted(n for n, times in Counter(names).items() if times > 1)
-    check(not odd, f"{path} divides other images than {data.name!r} holds: {len(odd)} don't match, e.g. {odd[:1]}.")
+    check(
+        not odd, f"{path} divides other {data.kind}s than {data.name!r} holds: {len(odd)} don't match, e.g. {odd[:1]}."
+    )
     train, valid, test = (pool.take([place[name] for name in stored["splits"][split]]) for split in SPLITS)
     return replace(data, seed=stored["seed"], train=train, valid=valid, test=test)
 
@@ -144,24 +174,57 @@ def shares_left(
     check_shares(shares)
     left = [0.0 if name in given and name != "train" else share for name, share in zip(SPLITS, shares, strict=True)]
     hungry = [s for s, share in zip(SPLITS, left, strict=True) if share == 0 and (s == "train" or s not in given)]
-    check(not hungry, f"shares are {tuple(shares)}: {' and '.join(hungry)} needs some of the images.")
+    check(not hungry, f"shares are {tuple(shares)}: {' and '.join(hungry)} needs some of the data.")
     return [share / sum(left) for share in left]
+
+# %% ../../nbs/1_data/12_splits.ipynb #bf1517f0
+def check_whole(
+    groups: npt.NDArray[Any] | None,  # [N], who belongs together, if known
+    parts: npt.NDArray[Any],  # [N], numbers of the given splits
+) -> None:
+    "A group that the given splits tear apart is a contradiction."
+    if groups is None or len(np.unique(parts)) == 1:
+        return
+    owners, first = np.unique(groups, return_index=True)
+    torn = groups[parts != parts[first][np.searchsorted(owners, groups)]]
+    check(
+        len(torn) == 0,
+        f"The given splits tear apart {len(np.unique(torn))} groups, e.g. {torn[:1].tolist()}: repair them, or name no groups.",
+    )
+
+# %% ../../nbs/1_data/12_splits.ipynb #6d4ac7a0
+def split_numbers(
+    given: Sequence[str] | npt.NDArray[Any],  # N names or numbers of splits; empty: all is to be divided
+    n: int,  # how many rows
+) -> npt.NDArray[np.int8]:  # [n]
+    "Splits as numbers: 0 train, 1 valid, 2 test."
+    found = np.asarray(given) if len(given) else np.zeros(n, np.int8)
+    if found.dtype.kind in "iu":
+        return found.astype(np.int8)
+    odd = sorted(set(np.unique(found).tolist()) - set(SPLITS))
+    check(
+        not odd and len(found) == n,
+        f"The given splits name {odd[:3] or len(found)}: each of {n} rows needs train, valid or test.",
+    )
+    numbers: npt.NDArray[np.int8] = (found == "valid") + np.int8(2) * (found == "test")
+    return numbers
 
 # %% ../../nbs/1_data/12_splits.ipynb #efbd12ca
 def rows_of(
     labels: Rows,  # [N], classes
-    parts: npt.NDArray[Any],  # [N], names of splits; what is called train is to be divided
+    parts: npt.NDArray[Any],  # [N], numbers of splits; train, 0, is to be divided
     *,
     shares: Sequence[float],  # train, valid, test
     strata: npt.NDArray[Any] | None,  # [N], something else to keep in proportion
+    groups: npt.NDArray[Any] | None,  # [N], who belongs together
     seed: int,  # of the division
     classes: Sequence[str],  # names, for the error
 ) -> list[Rows]:  # row numbers of train, valid, test
     "Cut the missing splits from train; keep the given ones."
-    pool, left = np.flatnonzero(parts == "train"), shares_left(shares, set(parts.tolist()))
-    chosen = None if strata is None else strata[pool]
-    cuts = split_rows(labels[pool], shares=left, strata=chosen, seed=seed, classes=classes)
-    return [pool[cut] if left[s] else np.flatnonzero(parts == SPLITS[s]) for s, cut in enumerate(cuts)]
+    pool, left = np.flatnonzero(parts == 0), shares_left(shares, [SPLITS[k] for k in np.unique(parts)])
+    own, rest = (None if x is None else x[pool] for x in (strata, groups))
+    cuts = split_rows(labels[pool], shares=left, strata=own, groups=rest, seed=seed, classes=classes)
+    return [pool[cut] if left[s] else np.flatnonzero(parts == s) for s, cut in enumerate(cuts)]
 
 # %% ../../nbs/1_data/12_splits.ipynb #59f196b0
 def divided(
@@ -173,14 +236,18 @@ def divided(
     seed: int,  # of the division
     shares: Sequence[float] = SHARES,  # train, valid, test; what isn't given is cut from train
     strata: npt.NDArray[Any] | None = None,  # [N], something else to keep in proportion
-    given: Sequence[str] = (),  # N names of splits, where the data come divided already
+    groups: Sequence[str] | npt.NDArray[Any] | None = None,  # [N], who belongs together; None: as the samples say
+    given: Sequence[str] | npt.NDArray[Any] = (),  # N names or numbers of splits, where the data come divided already
     unreadable: Sequence[tuple[str, str]] = (),  # what was set aside
 ) -> Data:
-    "Divide samples into train, valid and test, keeping what is given."
-    parts, labels = np.asarray(given) if len(given) else np.full(len(samples), "train"), samples.labels
-    rows = rows_of(labels, parts, shares=shares, strata=strata, seed=seed, classes=classes)
+    "Divide samples into train, valid and test, keeping what is given and groups together."
+    samples = samples if groups is None else replace(samples, groups=np.asarray(groups))
+    whole = np.asarray(samples.groups) if len(samples.groups) else None
+    parts, labels = split_numbers(given, len(samples)), samples.labels
+    check_whole(whole, parts)
+    rows = rows_of(labels, parts, shares=shares, strata=strata, groups=whole, seed=seed, classes=classes)
     for split, chosen in zip(SPLITS, rows, strict=True):
-        lost = sorted(set(range(len(classes))) - set(labels[chosen].tolist()))
-        check(not lost, f"No usable image of {[classes[k] for k in lost[:3]]} in {name!r} for {split}: add some.")
+        lost = sorted(set(range(len(classes))) - set(np.unique(labels[chosen]).tolist()))
+        check(not lost, f"No usable example of {[classes[k] for k in lost[:3]]} in {name!r} for {split}: add some.")
     train, valid, test = (samples.take(r) for r in rows)
     return Data(name, tuple(classes), train, valid, test, source, seed, tuple(unreadable))
