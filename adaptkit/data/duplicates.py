@@ -22,7 +22,7 @@ from .shingles import near_texts
 __all__ = ['Row', 'united', 'Cluster', 'places', 'clustered', 'equal_pairs', 'image_duplicates', 'text_duplicates',
            'find_duplicates', 'together']
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #44329787
+# %% ../../nbs/1_data/21_duplicates.ipynb #5a37c481
 def united(
     n: int,  # rows
     pairs: Iterable[Sequence[int]],  # rows that belong together
@@ -40,7 +40,7 @@ def united(
         parent[high] = low
     return np.array([root(i) for i in range(n)], np.int64)
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #ca7df195
+# %% ../../nbs/1_data/21_duplicates.ipynb #da01b788
 Row: TypeAlias = tuple[str, int]  # a split, and the number of a row in it
 
 
@@ -86,7 +86,7 @@ def clustered(
         for c in large
     )
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #8e0bab28
+# %% ../../nbs/1_data/21_duplicates.ipynb #35549a73
 def equal_pairs(
     content: Sequence[str] | npt.NDArray[np.str_],  # N contents, or digests of them; "" = unknown
 ) -> Rows:  # [P, 2]: each later copy with the first
@@ -145,7 +145,7 @@ def find_duplicates(
     seen = looks or {name: look_at(samples) for name, samples in data.splits.items()}
     return image_duplicates(data, seen, alike=alike or 0.98)
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #683c09c1
+# %% ../../nbs/1_data/21_duplicates.ipynb #7a1f2d74
 def together(
     data: Data,  # divided
     sets: Iterable[Sequence[Row]],  # rows of which each set must lie in one split
