@@ -101,7 +101,13 @@ def ours(rows: int, epochs: int, seed: int) -> dict[str, Any]:
 def theirs(rows: int, epochs: int, seed: int, *, grouped: bool = False) -> dict[str, Any]:
     "The same with the Trainer of the transformers library; each batch is padded to its longest text."
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
 
     from adaptkit.models.backbones import minilm_folder
 

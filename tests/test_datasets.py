@@ -13,7 +13,8 @@ from PIL import Image
 
 from adaptkit.core.files import read_json, write_json
 from adaptkit.core.registry import AdaptkitError
-from adaptkit.data.datasets import Batch, Data, Samples, Source, ahead_of, batches, in_threads
+from adaptkit.data.ahead import ahead_of, in_threads
+from adaptkit.data.datasets import Batch, Data, Samples, Source, batches
 from adaptkit.data.images import Preprocess
 from adaptkit.data.splits import divided, load_split, pattern, save_split, split_rows
 

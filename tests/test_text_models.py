@@ -22,7 +22,8 @@ from adaptkit.evaluation.evaluate import Evaluation, evaluate, predict
 from adaptkit.evaluation.report import report_run
 from adaptkit.heads.heads import build_model, load_model, save_model
 from adaptkit.models.backbones import load_backbone
-from adaptkit.models.encoders import carried, load_encoder, over_tokens
+from adaptkit.models.encoders import load_encoder
+from adaptkit.models.reading import carried, over_tokens
 from adaptkit.models.tokens import Hashed, Pieces, Tokens, WordDropout, read_texts, tokenizer_from
 from adaptkit.testing import check_backbone
 from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views

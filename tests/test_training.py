@@ -196,7 +196,7 @@ def test_a_half_written_entry_is_never_used(data, trunk, tmp_path, monkeypatch):
     cache = TrunkCache(tmp_path)
     import adaptkit.training.cache as module
 
-    def dies(path, *args):
+    def dies(path, *args, **how):
         path.write_bytes(b"\x93NUMPY half")
         raise KeyboardInterrupt
 
@@ -240,7 +240,7 @@ def test_equal_weights_in_another_architecture_are_another_entry(trunk):
 def test_a_full_disk_falls_back_with_a_sentence(data, trunk, tmp_path, monkeypatch, code):
     import adaptkit.training.cache as module
 
-    def full(path, *args):
+    def full(path, *args, **how):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(module, "write_features", full)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.progress import progress
-from .datasets import Rows, in_threads
+from .ahead import in_threads
+from .datasets import Rows
 from .images import Pixels
 from .looks import TRIMS, thumbnail, trimmed
 

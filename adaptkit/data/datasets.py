@@ -5,15 +5,12 @@
 # %% ../../nbs/1_data/10_datasets.ipynb #39b47c61
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +20,12 @@ from torch import Tensor
 from ..core.files import digest
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
+from .ahead import ahead_of, in_threads
 from .images import Pixels, Preprocess, preprocess, read_image
 
 # %% auto #0
-__all__ = ['Rows', 'SPLITS', 'in_threads', 'picture', 'squares', 'content', 'Reader', 'Samples', 'Batch', 'make_batch',
-           'ahead_of', 'batches', 'Source', 'Data', 'count_table', 'show_samples']
+__all__ = ['Rows', 'SPLITS', 'picture', 'squares', 'content', 'Reader', 'Samples', 'Batch', 'make_batch', 'batches', 'Source',
+           'Data', 'count_table', 'show_samples']
 
 # %% ../../nbs/1_data/10_datasets.ipynb #80db3f93
 if TYPE_CHECKING:
@@ -36,22 +34,6 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 Rows: TypeAlias = npt.NDArray[np.int64]  # row numbers or labels
-_A = TypeVar("_A")
-_B = TypeVar("_B")
-
-# %% ../../nbs/1_data/10_datasets.ipynb #94be5ea4
-def in_threads(
-    function: Callable[[_A], _B],  # what to do with each item; should release the GIL for most of its time
-    items: Iterable[_A],  # any number of them
-    *,
-    threads: int = 0,  # how many at once; 0 = one per processor, at most 8
-) -> Iterator[_B]:  # results in the order of the items
-    "Map in parallel with a bounded number of items under way, so that memory stays flat."
-    threads = threads or min(8, os.cpu_count() or 1)
-    rest = iter(items)
-    with ThreadPoolExecutor(threads) as pool:
-        while part := list(islice(rest, 64 * threads)):
-            yield from pool.map(function, part)
 
 # %% ../../nbs/1_data/10_datasets.ipynb #0b08b0a8
 def picture(
@@ -203,24 +185,6 @@ def make_batch(
     x = samples.load(rows, spec)  # uint8 [B, 3, S, S], or whole numbers of another width
     x = x.float().div_(255) if x.dtype == torch.uint8 else x
     return Batch(x, torch.from_numpy(samples.labels[rows]), torch.from_numpy(rows))
-
-# %% ../../nbs/1_data/10_datasets.ipynb #590dddf0
-def ahead_of(
-    jobs: Iterable[Callable[[], _B]],  # what to compute, in order
-    *,
-    ahead: int = 2,  # how many results to prepare while the caller is busy with the last one
-) -> Iterator[_B]:
-    "Results of the jobs, computed in a background thread a little before they are needed."
-    pool, waiting = ThreadPoolExecutor(1), deque[Future[_B]]()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/1_data/10_datasets.ipynb #73e0551b
 def batches(

@@ -18,7 +18,8 @@ import numpy as np
 from ..core.files import inside
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check
-from .datasets import Data, Samples, Source, in_threads
+from .ahead import in_threads
+from .datasets import Data, Samples, Source
 from .images import problem
 from .splits import SHARES, divided
 

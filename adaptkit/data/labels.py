@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.registry import check, unknown
-from .datasets import Data, Rows, Samples, in_threads
+from .ahead import in_threads
+from .datasets import Data, Rows, Samples
 from .looks import thumbnail
 from .shingles import plain
 

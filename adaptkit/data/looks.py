@@ -16,7 +16,8 @@ from PIL import Image
 from ..core.files import digest
 from ..core.progress import progress
 from ..core.registry import AdaptkitError
-from .datasets import Samples, in_threads, picture
+from .ahead import in_threads
+from .datasets import Samples, picture
 from .images import Pixels, reason
 
 # %% auto #0

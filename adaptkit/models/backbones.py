@@ -14,8 +14,9 @@ from torch import nn
 
 from ..core.registry import AdaptkitError, Registry, check, require, unknown
 from .cutting import cut
-from .encoders import hub_encoder, load_encoder, small_text
+from .encoders import hub_encoder, load_encoder
 from .fusing import fused as fused
+from .reading import small_text
 from .sources import adopt, from_file, read_weights, sha256, timm_net, torchvision_net, untrained
 from .stages import Backbone as Backbone
 from .stages import ImageBackbone as ImageBackbone

@@ -238,7 +238,7 @@ class Reading:
         "Histogram of the lengths, with the cut."
         return draw_reading(self)
 
-
+# %% ../../nbs/2_models/04_tokens.ipynb #dbbcc6c4
 def read_texts(
     samples: Samples,  # texts
     reader: Tokens,  # of the network
