@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-_A = TypeVar("_A")
-_B = TypeVar("_B")
-
 # %% auto #0
 __all__ = ['in_threads', 'ahead_of']
+
+# %% ../../nbs/1_data/07_ahead.ipynb #c5e6d9f7
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 # %% ../../nbs/1_data/07_ahead.ipynb #94be5ea4
 def in_threads(

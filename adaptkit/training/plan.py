@@ -28,7 +28,7 @@ CHOICES = {
 }
 
 
-CHANGES = {"image": Augment(hflip=True), "text": WordDropout(0.0)}  # what a view may change, by kind of data
+CHANGES: dict[str, Augment | WordDropout] = {"image": Augment(hflip=True), "text": WordDropout(0.0)}  # by kind of data
 
 
 @dataclass(frozen=True)
