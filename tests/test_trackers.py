@@ -20,7 +20,17 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.images import Augment
 from adaptkit.testing import toy_data, toy_model
 from adaptkit.training.control import Event, ProgressBar, When
-from adaptkit.training.copies import TRACKERS, Copier, Logged, borrowed, check_tracker, flat, points, rehearse, settings_of
+from adaptkit.training.copies import (
+    TRACKERS,
+    Copier,
+    Logged,
+    borrowed,
+    check_tracker,
+    flat,
+    points,
+    rehearse,
+    settings_of,
+)
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import fit
 from adaptkit.training.runs import Run, open_run
