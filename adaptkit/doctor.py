@@ -5,19 +5,24 @@
 # %% ../nbs/0_core/85_doctor.ipynb #ee9aba98
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from .core.registry import AdaptkitError
 
 # %% auto #0
-__all__ = ['Finding', 'memory', 'machine', 'extras', 'version', 'tried', 'material', 'examine']
+__all__ = ['NETWORKS', 'Finding', 'content_of', 'limits', 'part', 'cores', 'memory', 'machine', 'accelerators', 'extras',
+           'version', 'tried', 'right', 'material', 'torch_file', 'to_load', 'torch_cache', 'hub_cache', 'tool',
+           'tools', 'examine']
 
 # %% ../nbs/0_core/85_doctor.ipynb #cd8bf6d7
 @dataclass(frozen=True)
@@ -33,28 +38,85 @@ class Finding:
         sign, words = ("ok", self.found) if self.found else ("--", f"missing. {self.mend}")
         return f"{sign}  {self.group:<16} {self.name:<32} {words}"
 
+# %% ../nbs/0_core/85_doctor.ipynb #5d19770f
+def content_of(
+    path: Path,  # a file of the system
+) -> str:  # empty if there is none
+    "What a small file says."
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def limits(
+    root: Path = Path("/sys/fs/cgroup"),  # where Linux shows control groups, of version 2 or 1
+) -> tuple[float, float]:  # cores and bytes of memory; infinity = no limit
+    "What this container is allowed."
+    older = " ".join(content_of(root / "cpu" / f"cpu.cfs_{word}_us") for word in ("quota", "period"))
+    quota, _, period = (content_of(root / "cpu.max") or older).partition(" ")
+    room = content_of(root / "memory.max") or content_of(root / "memory" / "memory.limit_in_bytes")
+    cores = int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
+    return cores, int(room) if room.isdigit() and int(room) < 2**60 else math.inf  # version 1 writes a huge number
+
+# %% ../nbs/0_core/85_doctor.ipynb #f0b64850
+def part(
+    allowed: float,  # what this process may use; infinity = no limit
+    whole: float,  # what the machine has
+    *,
+    unit: str,  # e.g. "GiB"
+) -> str:
+    "An amount, and of how much, where that is more."
+    limited = f"{allowed:.3g} of {whole:.3g} {unit} (no more is allowed here)"
+    return limited if allowed < whole else f"{whole:.3g} {unit}"
+
 # %% ../nbs/0_core/85_doctor.ipynb #1fc39101
+def cores() -> str:
+    "How many cores this process may use."
+    import torch
+
+    allowed = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf, limits()[0])
+    return f"{part(allowed, os.cpu_count() or 1, unit='cores')}; PyTorch takes {torch.get_num_threads()}"
+
+
 def memory() -> str:
-    "Memory of this machine, where the system tells."
+    "Memory that this process may use, where the system tells."
     try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
         return "not told by this system"
+    return part(limits()[1] / 2**30, whole, unit="GiB")
 
 
 def machine() -> Iterator[Finding]:
-    "Python, PyTorch, device, cores, memory and the room for caches."
+    "Python, PyTorch, cores, memory, and the caches."
     import torch
 
-    cache = Path(os.environ.get("ADAPTKIT_CACHE") or Path.home() / ".cache" / "adaptkit")
-    place = next(p for p in (cache, *cache.parents) if p.exists())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    device = gpu or ("mps" if torch.backends.mps.is_available() else "cpu")
+    from adaptkit.training.cache import TrunkCache, by_age
+
+    cache = TrunkCache()
+    place = next(p for p in (cache.folder, *cache.folder.parents) if p.exists())
+    entries = [size for _, size, _ in by_age(cache.folder, "*.npy")]
+    used = f"{sum(entries) / 1e9:.2f} GB in {len(entries)} files, at most {cache.limit:g} GB"
     yield Finding("machine", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("machine", "PyTorch", str(torch.__version__))
-    yield Finding("machine", "device", f"{device}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
+    yield Finding("machine", "cores", cores())
     yield Finding("machine", "memory", memory())
-    yield Finding("machine", "free disk for caches", f"{shutil.disk_usage(place).free / 1e9:.0f} GB at {cache}")
+    yield Finding("machine", "outputs of frozen stages", used)
+    yield Finding("machine", "free disk for caches", f"{shutil.disk_usage(place).free / 1e9:.0f} GB at {cache.folder}")
+
+# %% ../nbs/0_core/85_doctor.ipynb #d26c668e
+def accelerators() -> Iterator[Finding]:
+    "Every device that PyTorch can use, with its memory."
+    import torch
+
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    for i in cards:
+        card = torch.cuda.get_device_properties(i)
+        yield Finding("accelerator", f"cuda:{i}", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        yield Finding("accelerator", "mps", "Apple's GPU, which shares the memory of the machine")
+    elif not cards:
+        unused = "There is an NVIDIA driver, but this PyTorch can't use it: pytorch.org/get-started says how to install one that can."
+        none = "" if shutil.which("nvidia-smi") else "none: everything runs on the processor"
+        yield Finding("accelerator", "cuda or mps", none, unused)
 
 # %% ../nbs/0_core/85_doctor.ipynb #331620dc
 def extras() -> Iterator[Finding]:
@@ -88,18 +150,102 @@ def tried(
         return Finding(group, name, "", str(e))
 
 
+def right(
+    get: Callable[[], Path],  # finds a file and compares its checksum, or raises AdaptkitError
+) -> str:
+    "What is said about weights that are those we know."
+    return f"checksum right: {get().name}"
+
+
 def material() -> Iterator[Finding]:
     "Data sets and packaged weights, by loading them."
     from adaptkit.data.sources import DATASETS
-    from adaptkit.models.backbones import lite0_weights
+    from adaptkit.models.backbones import lite0_weights, minilm_folder
 
     for name in DATASETS:
         yield tried("data", name, get=DATASETS[name])
-    yield tried("weights", "efficientnet_lite0", get=lambda: f"checksum right: {lite0_weights().name}")
+    for network, get in (("efficientnet_lite0", lite0_weights), ("minilm", minilm_folder)):
+        yield tried("weights", network, get=partial(right, get))
+
+# %% ../nbs/0_core/85_doctor.ipynb #bed38b92
+NETWORKS = ("resnet18", "vgg16", "inception_v3")  # networks of torchvision that the lessons name
+
+
+def torch_file(
+    name: str,  # as torchvision lists it, e.g. "resnet18"
+) -> Path:  # whether it is there or not
+    "Where torch keeps the weights that torchvision recommends for a network."
+    import torch
+    from torchvision.models import get_model_weights
+
+    return Path(torch.hub.get_dir(), "checkpoints", Path(get_model_weights(name).DEFAULT.url).name)
+
+
+def to_load(
+    name: str,  # for load_backbone
+) -> str:  # a line for a shell
+    "What to type to have the weights of a network, once there is a connection."
+    return f"python -c \"from adaptkit.models.backbones import load_backbone; load_backbone('{name}')\""
+
+
+def torch_cache() -> Iterator[Finding]:
+    "The networks of the lessons in torch's cache."
+    import torch
+
+    empty = not any(Path(torch.hub.get_dir()).glob("checkpoints/*"))  # then nobody need ask torchvision, which is slow
+    for name in NETWORKS:
+        path, full = None if empty else torch_file(name), f"torchvision/{name}"
+        found = f"{path.name}, {path.stat().st_size / 1e6:.0f} MB" if path and path.is_file() else ""
+        yield Finding("weights", full, found, to_load(full))
+
+# %% ../nbs/0_core/85_doctor.ipynb #a05eec39
+def hub_cache() -> Iterator[Finding]:
+    "Every model in the cache of the Hugging Face hub; one that was only begun is missing."
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    for folder in folders:
+        name = folder.name.removeprefix("models--").replace("--", "/")
+        sizes = [p.stat().st_size for p in folder.glob("snapshots/*/*.safetensors") if p.is_file()]
+        found = f"{sum(sizes) / 1e6:.0f} MB in the cache of the hub" if sizes else ""
+        yield Finding("weights", name, found, "No safetensors in its folder of the hub's cache: load it again.")
+    if not folders:
+        yield Finding("weights", "Hugging Face hub", "", f"Its cache is empty. For example: {to_load('timm/resnet18')}")
+
+# %% ../nbs/0_core/85_doctor.ipynb #b7277636
+def tool(
+    name: str,  # what it is for the reader
+    programs: Iterable[str | Path],  # names or paths, the best first
+    *,
+    mend: str,  # how to get one
+) -> Finding:
+    "The first of some programs that answers to --version without an error."
+    for program in map(str, programs):
+        try:
+            done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=10)
+            return Finding("tool", name, done.stdout.strip().split("\n")[0] or program)
+        except (OSError, subprocess.SubprocessError):  # not there, or of no use
+            continue
+    return Finding("tool", name, "", mend)
+
+
+def tools() -> Iterator[Finding]:
+    "A C++ compiler and a browser."
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    yield tool("C++ compiler", compilers, mend="For torch.compile: apt install g++, or on a Mac xcode-select --install")
+    bundled = sorted(Path.home().glob(".cache/ms-playwright/chromium-*/*/chrome"))
+    browsers: list[str | Path] = ["chromium", "chromium-browser", "google-chrome", *bundled]
+    yield tool(
+        "browser", browsers, mend="For the site's tests: apt install chromium, or python -m playwright install chromium"
+    )
 
 # %% ../nbs/0_core/85_doctor.ipynb #e5044300
 def examine() -> Iterator[Finding]:
     "Everything that adaptkit could need, one after the other."
     yield from machine()
+    yield from accelerators()
     yield from extras()
     yield from material()
+    yield from torch_cache()
+    yield from hub_cache()
+    yield from tools()

@@ -52,7 +52,7 @@ def wide(
     name = "utf-16-le" if odd > even else "utf-16-be"
     return name if fits(head, name) is not None else ""
 
-# %% ../../nbs/1_data/13_records.ipynb #8b39231d
+# %% ../../nbs/1_data/13_records.ipynb #a1398ddf
 def chinese_like(
     head: bytes,  # the beginning of a file that isn't UTF-8
     *,
@@ -63,9 +63,9 @@ def chinese_like(
     pairs = [c.encode("gb18030") for c in foreign]
     sure = sum(len(b) == 4 or b[1] > 0xA0 for b in pairs)  # what an accent and a letter of Latin-1 rarely look like
     usual = len(foreign) < 200 or sum(c in COMMON for c in foreign) >= 0.01 * len(foreign)
-    return bool(foreign) and usual and (share > 0.25 or sure >= 0.9 * len(pairs))
+    return bool(foreign) and usual and (share > 0.4 or sure >= 0.9 * len(pairs))
 
-# %% ../../nbs/1_data/13_records.ipynb #6b65077e
+# %% ../../nbs/1_data/13_records.ipynb #1ce253ad
 def guess(
     head: bytes,  # the beginning of a file, the more the better
 ) -> str:  # name of a codec; empty if nothing fits
@@ -80,7 +80,7 @@ def guess(
     if chinese_like(head, share=share):
         return "gb18030"
     western = "cp1252" if fits(head, "cp1252") is not None else "latin-1"
-    return western if share <= 0.25 else ""
+    return western if share <= 0.4 else ""
 
 # %% ../../nbs/1_data/13_records.ipynb #f24f41da
 HEAD = 2**20  # bytes that are looked at before reading

@@ -121,11 +121,11 @@ def group_number(
         return int(name)
     return int.from_bytes(blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big", signed=True)
 
-# %% ../../nbs/1_data/16_tables.ipynb #0bd8f8a4
+# %% ../../nbs/1_data/16_tables.ipynb #cff6685d
 MOST_CLASSES = 100_000  # more are surely not classes
 KEPT = 300  # rows that are set aside with their reason; more are counted
 
-
+# %% ../../nbs/1_data/16_tables.ipynb #82b3a908
 @dataclass
 class Collector:
     "Gather usable rows, and set the others aside."
@@ -172,7 +172,7 @@ class Collector:
         if len(self.bad) < KEPT:
             self.bad.append((f"line {line}", reason))
 
-# %% ../../nbs/1_data/16_tables.ipynb #cde6cafe
+# %% ../../nbs/1_data/16_tables.ipynb #240b565b
 def judged(
     found: Collector,  # all rows
     *,
@@ -198,7 +198,7 @@ def judged(
         classes > 1, f"{where} has one label only, {next(iter(found.numbers), '')!r}: telling apart takes at least two."
     )
 
-# %% ../../nbs/1_data/16_tables.ipynb #5d03e1b2
+# %% ../../nbs/1_data/16_tables.ipynb #cdb7f13a
 def collected(
     rows: Iterable[tuple[int, Sequence[Any] | str]],  # line, and text, label and extras, or what is wrong
     *,
@@ -220,7 +220,7 @@ def collected(
             )
     return found
 
-# %% ../../nbs/1_data/16_tables.ipynb #bdfb4ff3
+# %% ../../nbs/1_data/16_tables.ipynb #8cc1f6a2
 def texts_of(
     found: Collector,  # judged
 ) -> tuple[Texts, list[str]]:  # samples, and names of the classes
@@ -232,7 +232,7 @@ def texts_of(
     lines, groups = (np.frombuffer(a, np.int64) if a else () for a in (found.lines, found.groups))
     return Texts(found.writer.done(), labels, lines, groups), list(order)
 
-# %% ../../nbs/1_data/16_tables.ipynb #fddb0c9d
+# %% ../../nbs/1_data/16_tables.ipynb #a7bdfc61
 def data_of(
     found: Collector,  # all rows
     *,
@@ -252,7 +252,7 @@ def data_of(
     what: dict[str, Any] = dict(name=source.name, classes=classes, source=source, seed=seed, shares=shares)
     return divided(samples, given=given, unreadable=bad, **what)
 
-# %% ../../nbs/1_data/16_tables.ipynb #0b97d0b3
+# %% ../../nbs/1_data/16_tables.ipynb #edcd1645
 def load_table(
     path: str | Path,  # .csv, .tsv, .jsonl or .ndjson, perhaps with .gz behind
     *,

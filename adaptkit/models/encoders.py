@@ -95,8 +95,9 @@ class TextBackbone(Backbone):
 class Through(nn.Module):
     "Stands where the embedding was, and hands hidden states through."
 
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
-        return inputs_embeds
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        return next(v for v in given if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def layers_of(
@@ -219,10 +220,14 @@ def read_tokenizer(
     if path.is_file():
         return Pieces(path.read_text(encoding="utf-8"))
     make = require("transformers", "text").AutoTokenizer
+    advice = "copy tokenizer.json (or vocab.txt, or the sentencepiece model) of this network there"
+    there = any(
+        next(folder.glob(p), None) for p in ("vocab*", "*.model")
+    )  # without one, the library makes an empty tokeniser
+    check(there, f"{folder} has no tokeniser: {advice}.")
     try:
         return Pieces(make.from_pretrained(str(folder), local_files_only=True).backend_tokenizer.to_str())
     except Exception as e:  # the library raises nearly everything
-        advice = "copy tokenizer.json (or vocab.txt, or the sentencepiece model) of this network there"
         raise AdaptkitError(f"{folder} has no tokeniser that can be read: {advice}.") from e
 
 
@@ -273,6 +278,11 @@ def encoder_backbone(
     most = config.get("max_position_embeddings") or 512
     most -= 2 if "roberta" in str(config.get("model_type")) else 0  # whose first positions are taken
     check(size is None or size <= most, f"{name} reads at most {most} tokens; found size={size}.")
+    known, vocabulary = int(config.get("vocab_size") or 0), tokenizer.vocabulary
+    check(
+        vocabulary <= known,
+        f"{name} knows {known} tokens, its tokeniser makes {vocabulary}: it belongs to another network.",
+    )
     if getattr(net, "pooler", None) is not None:
         net._modules["pooler"] = None  # trained for another task, and not part of the features
     stages, note = cut_encoder(net, pooling, vocabulary=tokenizer.vocabulary)

@@ -79,7 +79,7 @@ class Mix:
             f"strength={self.strength}: choose a number from 0.01 (hardly any mixing) to 100 (always half and half).",
         )
 
-# %% ../../nbs/4_training/14_mixing.ipynb #cd46f0ac
+# %% ../../nbs/4_training/14_mixing.ipynb #e8ff8216
 def mixed(
     batch: Batch,  # B images or features
     mix: Mix | None,  # None: nothing is mixed
@@ -101,6 +101,10 @@ def mixed(
         x = mixup(batch.x, order, share=share)
     else:
         height, width = batch.x.shape[2:]
+        check(
+            min(height, width) >= 4,
+            f"cutmix needs maps of 4 x 4 or more to cut from; at the cut they are {height} x {width}: mix pixels, or choose mixup.",
+        )
         centre = int(torch.randint(height, ())), int(torch.randint(width, ()))
         x, share = cutmix(batch.x, order, box=cut_box(height, width, share=share, centre=centre))
     return x, [(share, batch.y), (1 - share, batch.y[order])]
