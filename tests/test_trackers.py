@@ -332,3 +332,14 @@ def test_a_log_that_was_cut_off_and_one_over_several_blocks(tmp_path):
     assert list(log_pieces(path)) == [first, b"b" * 70_000]
     path.write_bytes(log[:-1])
     assert list(log_pieces(path)) == [first]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False])
+def test_mlflow_does_not_count_its_users(ours, tmp_path):
+    "MLflow's own switch would also be off inside pytest, hence a process that doesn't know of it."
+    begin = f"from adaptkit.training.trackers import MLflow; MLflow('sqlite:///{tmp_path}/runs.db').read()" if ours else "import mlflow"
+    program = f"{begin}\nfrom mlflow.telemetry.client import get_telemetry_client\nprint(get_telemetry_client() is None)"
+    apart = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "MLFLOW", "CI", "DO_NOT_TRACK"))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=apart, check=True)
+    assert done.stdout.split()[-1] == str(ours)

@@ -75,7 +75,7 @@ class Tracker(Observer, Protocol):
 
 TRACKERS: Registry[Callable[..., Tracker]] = Registry("tracker")  # makers of trackers; their arguments say where
 
-# %% ../../nbs/4_training/38_copies.ipynb #673eb92a
+# %% ../../nbs/4_training/38_copies.ipynb #bd1c429d
 def notes(
     run: Path,  # folder of a run
 ) -> dict[str, dict[str, str]]:  # by tracker and place: the copy's name and status
@@ -97,7 +97,8 @@ def settings_of(
     record: Mapping[str, Any],  # run.json
 ) -> dict[str, Any]:  # nested
     "What was asked for and used, without how it went."
-    return {k: v for k, v in record.items() if k not in ("status", "why", "seconds", "actions")}
+    asked = ("method", "plan", "request", "data", "model", "weights")
+    return {k: record[k] for k in (*asked, "device", "python", "versions", "git") if k in record}
 
 # %% ../../nbs/4_training/38_copies.ipynb #5608678b
 class Copier:
