@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptkit.core.registry import AdaptkitError as AdaptkitError
+    from adaptkit.data.checks import check_data as check_data
     from adaptkit.data.datasets import Data as Data
     from adaptkit.data.images import Augment as Augment
     from adaptkit.data.sources import load_data as load_data
@@ -21,17 +22,22 @@ if TYPE_CHECKING:
     from adaptkit.heads.heads import build_model as build_model
     from adaptkit.heads.heads import load_model as load_model
     from adaptkit.models.backbones import load_backbone as load_backbone
+    from adaptkit.models.tokens import WordDropout as WordDropout
+    from adaptkit.models.tokens import read_texts as read_texts
     from adaptkit.notebooks.runner import record as record
     from adaptkit.training.control import Control as Control
+    from adaptkit.training.control import EarlyStop as EarlyStop
+    from adaptkit.training.finder import find_rate as find_rate
     from adaptkit.training.finetune import FineTune as FineTune
     from adaptkit.training.loop import fit as fit
+    from adaptkit.training.plan import Plan as Plan
     from adaptkit.training.runs import Run as Run
     from adaptkit.training.runs import open_run as open_run
-    from adaptkit.training.session import Plan as Plan
 
 # %% ../nbs/0_core/90_names.ipynb #7aff3187
 _HOME = {
     "core.registry": ("AdaptkitError",),
+    "data.checks": ("check_data",),
     "data.datasets": ("Data",),
     "data.images": ("Augment",),
     "data.sources": ("load_data",),
@@ -39,12 +45,14 @@ _HOME = {
     "evaluation.evaluate": ("evaluate",),
     "heads.heads": ("Model", "build_model", "load_model"),
     "models.backbones": ("load_backbone",),
+    "models.tokens": ("WordDropout", "read_texts"),
     "notebooks.runner": ("record",),
-    "training.control": ("Control",),
+    "training.control": ("Control", "EarlyStop"),
+    "training.finder": ("find_rate",),
     "training.finetune": ("FineTune",),
     "training.loop": ("fit",),
+    "training.plan": ("Plan",),
     "training.runs": ("Run", "open_run"),
-    "training.session": ("Plan",),
 }
 
 
