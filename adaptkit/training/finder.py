@@ -78,17 +78,18 @@ def smoothed(
     reach = [min(width, i, n - 1 - i) for i in range(n)]
     return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
 
-# %% ../../nbs/4_training/22_finder.ipynb #3608873f
+# %% ../../nbs/4_training/22_finder.ipynb #f2150675
 def halfway(
     losses: Sequence[float],  # of one step each, while the rate rose
 ) -> int:  # number of a step
     "The step at which half of the fall is done."
     width = max(1, len(losses) // 16)
     calm = smoothed(losses, width)[:-width]  # without the end, where single batches count
-    top = statistics.median(losses[: max(3, len(losses) // 10)])
+    start = max(3, len(losses) // 10)
+    top = statistics.median(losses[:start])
     lowest = min(range(len(calm)), key=calm.__getitem__)
     check(
-        calm[lowest] < 0.95 * top,
+        lowest >= start and calm[lowest] < 0.95 * top,
         f"The loss never falls by more than a twentieth of {top:.3g}, so no learning rate can be read off: begin lower, go higher, or take more steps.",
     )
     return sum(loss > (top + calm[lowest]) / 2 for loss in calm[: lowest + 1])

@@ -39,7 +39,7 @@ def check_settings(
     wrong = [w for w in method.weights if not 0 < w < math.inf]
     check(not wrong, f"weights={method.weights}: each class weight has to be above 0; found {wrong}.")
     check(
-        method.mix is None or isinstance(method.mix, Mix),
+        method.mix is None or hasattr(method.mix, "where"),
         f"mix={method.mix!r}: give a Mix, e.g. Mix('mixup'), or None.",
     )
 
