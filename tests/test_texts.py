@@ -456,7 +456,7 @@ def test_given_splits_in_a_column(tmp_path: Path) -> None:
     assert all((int(d.test.name(i)) - 2) % 5 == 4 for i in range(12))
     d = load_data(write(tmp_path / "t.csv", made, head=("text", "label", "fold")), split_column="fold")
     assert [len(s) for s in d.splits.values()] == [36, 12, 12]
-    with pytest.raises(AdaptkitError, match="Line 2: the split is 'a', but must be train, valid or test"):
+    with pytest.raises(AdaptkitError, match="t.csv, line 2: the split is 'a', but must be train, valid or test"):
         load_data(tmp_path / "t.csv", split_column="label")
 
 

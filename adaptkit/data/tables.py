@@ -125,14 +125,15 @@ def group_number(
 MOST_CLASSES = 100_000  # more are surely not classes
 KEPT = 300  # rows that are set aside with their reason; more are counted
 
-# %% ../../nbs/1_data/16_tables.ipynb #82b3a908
+# %% ../../nbs/1_data/16_tables.ipynb #756e4c49
 @dataclass
 class Collector:
     "Gather usable rows, and set the others aside."
 
+    where: str = "the table"  # for the errors
     writer: Writer = field(default_factory=Writer)
     lines: array[int] = field(default_factory=lambda: array("q"))
-    labels: array[int] = field(default_factory=lambda: array("i"))
+    labels: array[int] = field(default_factory=lambda: array("q"))
     splits: array[int] = field(default_factory=lambda: array("b"))
     groups: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, int] = field(default_factory=dict)  # of the labels, in the order in which they appear
@@ -149,7 +150,10 @@ class Collector:
         self.writer.append(text)
         if "split" in extra:
             split = SPLIT_NAMES.get(str(extra["split"] or "train").strip().lower(), "")
-            check(bool(split), f"Line {line}: the split is {extra['split']!r}, but must be train, valid or test.")
+            check(
+                bool(split),
+                f"{self.where}, line {line}: the split is {extra['split']!r}, but must be train, valid or test.",
+            )
             self.splits.append(SPLITS.index(split))
         if "group" in extra:
             self.groups.append(group_number(str(extra["group"]).strip()))
@@ -198,7 +202,7 @@ def judged(
         classes > 1, f"{where} has one label only, {next(iter(found.numbers), '')!r}: telling apart takes at least two."
     )
 
-# %% ../../nbs/1_data/16_tables.ipynb #cdb7f13a
+# %% ../../nbs/1_data/16_tables.ipynb #979949a5
 def collected(
     rows: Iterable[tuple[int, Sequence[Any] | str]],  # line, and text, label and extras, or what is wrong
     *,
@@ -207,7 +211,7 @@ def collected(
     label: str,  # the column of labels, for the errors
 ) -> Collector:
     "Gather all rows."
-    found = Collector()
+    found = Collector(where)
     for line, row in progress(rows, f"reading {Path(where).name}", unit=" rows"):
         if isinstance(row, str):
             found.refuse(line, row)
@@ -220,15 +224,16 @@ def collected(
             )
     return found
 
-# %% ../../nbs/1_data/16_tables.ipynb #8cc1f6a2
+# %% ../../nbs/1_data/16_tables.ipynb #765f0770
 def texts_of(
-    found: Collector,  # judged
+    found: Collector,  # judged; used up by this
 ) -> tuple[Texts, list[str]]:  # samples, and names of the classes
-    "Samples out of gathered rows; nothing is copied that is large."
+    "Samples out of gathered rows; nothing that is large is kept twice."
     names = class_names(found.numbers)
     order = {name: k for k, name in enumerate(dict.fromkeys(names.values()))}
     numbers = np.array([order[names[label]] for label in found.numbers], np.int64)
-    labels = numbers[np.frombuffer(found.labels, np.int32)] if len(found.labels) else np.empty(0, np.int64)
+    labels = np.frombuffer(found.labels, np.int64)
+    labels[:] = numbers[labels]
     lines, groups = (np.frombuffer(a, np.int64) if a else () for a in (found.lines, found.groups))
     return Texts(found.writer.done(), labels, lines, groups), list(order)
 
