@@ -176,7 +176,7 @@ class Collector:
         if len(self.bad) < KEPT:
             self.bad.append((f"line {line}", reason))
 
-# %% ../../nbs/1_data/16_tables.ipynb #240b565b
+# %% ../../nbs/1_data/16_tables.ipynb #05da4b7d
 def judged(
     found: Collector,  # all rows
     *,
@@ -187,6 +187,11 @@ def judged(
     "Raise unless the rows are something to learn from."
     check(0 <= most <= 1, f"max_unreadable is {most}: it is a share, between 0 and 1.")
     rows, classes = len(found.labels), len(set(class_names(found.numbers).values()))
+    named = label not in found.numbers or label.lower() in NAMES["label"]
+    check(
+        named,
+        f"The first line of {where} is a row ({label!r} is a label), not names: put a line of column names above it.",
+    )
     check(rows + found.aside > 0, f"{where} has column names but no rows: add some.")
     examples = "; ".join(f"{line}: {reason}" for line, reason in found.bad[:3])
     check(
@@ -198,9 +203,7 @@ def judged(
         classes < 20 or classes <= rows / 2,
         f"The column {label!r} of {where} has {classes} different values in {rows} rows, so they are hardly classes: choose another column with label=...",
     )
-    check(
-        classes > 1, f"{where} has one label only, {next(iter(found.numbers), '')!r}: telling apart takes at least two."
-    )
+    check(classes > 1, f"{where} has one label only, {[*found.numbers][:1]}: telling apart takes at least two.")
 
 # %% ../../nbs/1_data/16_tables.ipynb #979949a5
 def collected(
@@ -257,7 +260,7 @@ def data_of(
     what: dict[str, Any] = dict(name=source.name, classes=classes, source=source, seed=seed, shares=shares)
     return divided(samples, given=given, unreadable=bad, **what)
 
-# %% ../../nbs/1_data/16_tables.ipynb #edcd1645
+# %% ../../nbs/1_data/16_tables.ipynb #a9e9335f
 def load_table(
     path: str | Path,  # .csv, .tsv, .jsonl or .ndjson, perhaps with .gz behind
     *,
@@ -278,9 +281,8 @@ def load_table(
     where = str(table.path)
     first, second = chosen(table.columns, text=text, label=label, where=where, rows=table.rows(table.columns))
     there = split_column or ("split" if "split" in [c.lower() for c in table.columns] else None)
-    extras = {
-        what: column(table.columns, name, where=where) for what, name in (("split", there), ("group", group)) if name
-    }
+    asked = {"split": there, "group": group}
+    extras = {what: column(table.columns, name, where=where) for what, name in asked.items() if name}
     rows = table.rows([first, second, *extras.values()])
     found = collected(rows, extras=list(extras), where=where, label=second)
     kind = {"": "JSON Lines", ",": "commas", ";": "semicolons", "\t": "tabs"}.get(table.comma, table.comma)
