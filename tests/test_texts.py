@@ -315,6 +315,15 @@ def test_western_languages_are_not_taken_for_chinese(text: str) -> None:
     assert guess(text.encode()) == "utf-8"
 
 
+def test_one_zero_byte_does_not_make_utf_16_and_a_cut_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", rows(60))
+    path.write_bytes(path.read_bytes() + b"a\0b,a\n")
+    assert load_data(path).unreadable == (("line 62", "its text holds a NUL character"),)
+    path.write_bytes(write(path, rows(60), encoding="utf-16").read_bytes()[:-1])
+    with pytest.raises(AdaptkitError, match="t.csv, in its first lines or at the end: this is not utf-16"):
+        load_data(path)
+
+
 def test_quoted_newlines_and_names_that_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('text,label\n"one\n\ntwo",a\n\n"said ""hi"", then\r\nleft",b\n' + "".join(f"t {i},{'ab'[i % 2]}\n" for i in range(10)))
@@ -332,7 +341,8 @@ def test_quoted_newlines_and_names_that_are_lines(tmp_path: Path) -> None:
         ("text,text,label\nx,y,a\n", "has 2 columns called 'text'"),
         ("id,was,wert\n1,x,a\n", "columns 'id', 'was', 'wert': say which is which, with text=... and label=..."),
         ("text\nhello\n", "has the columns 'text': say which"),
-        ("text,label\n" + "x,a\n" * 30, "one label only, 'a'"),
+        ("fine thing,a\n" + "x,a\nx,b\n" * 9, "The first line of .*t.csv is a row .'a' is a label., not names"),
+        ("text,label\n" + "x,a\n" * 30, "one label only, .'a'"),
         ("text,label\n" + "x,\n" * 30, "30 of 30 rows in .* cannot be used.*line 2: it has no label"),
         ("text,label\n" + "x\n" * 30, "line 2: it has 1 of 2 cells"),
         ("text,label\n" + "x,a,y\n" * 30, "line 2: it has 3 cells, the first line has 2"),
@@ -456,7 +466,7 @@ def test_given_splits_in_a_column(tmp_path: Path) -> None:
     assert all((int(d.test.name(i)) - 2) % 5 == 4 for i in range(12))
     d = load_data(write(tmp_path / "t.csv", made, head=("text", "label", "fold")), split_column="fold")
     assert [len(s) for s in d.splits.values()] == [36, 12, 12]
-    with pytest.raises(AdaptkitError, match="Line 2: the split is 'a', but must be train, valid or test"):
+    with pytest.raises(AdaptkitError, match="t.csv, line 2: the split is 'a', but must be train, valid or test"):
         load_data(tmp_path / "t.csv", split_column="label")
 
 
