@@ -148,7 +148,7 @@ def overlaid(
     loud = small.std(axis=(1, 2))[pairs[:, :2]].max(axis=1)
     return np.stack([detail, loud * np.sqrt(1 - np.clip(best, 0, 1) ** 2)], axis=1)
 
-# %% ../../nbs/1_data/19_alike.ipynb #03347dde
+# %% ../../nbs/1_data/19_alike.ipynb #86062421
 def near_images(
     shapes: npt.NDArray[np.float32],  # [N, T, 63] signatures
     image: Callable[[int], Pixels],  # the image of a row, [H, W, 3]
@@ -160,8 +160,10 @@ def near_images(
 ) -> tuple[Rows, npt.NDArray[np.float32]]:  # [P, 2] pairs of rows, ascending; [P] correlations
     "Pairs of images that are copies of each other, though not of the same pixels."
     rows = np.arange(len(shapes)) if rows is None else rows
+    if len(rows) < 2:
+        return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
     vectors = balanced(shapes[rows])
-    found = closest(neighbours(vectors), vectors) if len(rows) > 1 else np.zeros((0, 3), np.int64)
+    found = closest(neighbours(vectors), vectors)
     small = lru_cache(4096)(lambda row: thumbnail(image(int(row)), side))
     kept, likeness = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)]
     for block in progress(np.split(found, range(256, len(found), 256)), "comparing pairs", unit="block"):

@@ -44,7 +44,7 @@ def pieces(
         count.transform(plain(samples.text(i)) for i in range(len(samples)))
     )
 
-# %% ../../nbs/1_data/22_labels.ipynb #e1a69d3a
+# %% ../../nbs/1_data/22_labels.ipynb #07e4b59d
 def out_of_fold(
     features: Any,  # [N, D], an array or a sparse matrix
     labels: Rows,  # [N]
@@ -56,15 +56,15 @@ def out_of_fold(
 ) -> npt.NDArray[np.float64]:  # [N, K], each row adds up to 1
     "Probabilities for each row from a model that has not seen it."
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import KFold, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    found, rare = np.zeros((len(labels), classes)), np.bincount(labels).max(initial=0) < folds
+    found, fold = np.zeros((len(labels), classes)), np.zeros(len(labels), np.int64)
     check(len(labels) >= folds, f"{len(labels)} rows cannot be divided into {folds} folds: use fewer, or more rows.")
     scale = [StandardScaler()] if isinstance(features, np.ndarray) else []
-    parts = (KFold if rare else StratifiedKFold)(folds, shuffle=True, random_state=seed)
-    for learn, judge in parts.split(np.zeros(len(labels)), labels):
+    chance = np.random.default_rng(seed).random(len(labels))
+    fold[np.lexsort((chance, labels))] = np.arange(len(labels)) % folds  # dealt out class by class
+    for learn, judge in ((np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(folds)):
         seen = np.unique(labels[learn])
         if len(seen) == 1:
             found[judge, seen[0]] = 1
