@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
     from adaptkit.data.texts import Listing
 
-# %% ../../nbs/1_data/25_checks.ipynb #887a07c9
+# %% ../../nbs/1_data/25_checks.ipynb #5b76f3d2
 def examples(
     findings: Iterable[Finding],  # of one check
     *,
@@ -69,7 +69,7 @@ def draw_report(
     strips = {name: rows for name, said in findings.items() if name != "unreadable" and (rows := examples(said))}
     heights = [1.7, *[1.35] * len(strips)]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_balance(parts[0].subplots(), data)
     for part, (name, rows) in zip(parts[1:], strips.items(), strict=True):
         part.suptitle(name, x=0.01, ha="left", size=9)
@@ -78,7 +78,9 @@ def draw_report(
             if row:
                 samples = data.splits[row[0]]
                 ax.imshow(samples.image(row[1], at_least=128))
-                text = f"{row[0]} {samples.name(row[1])[-14:]}\n{data.classes[samples.labels[row[1]]][:18]}"
+                text = (
+                    f"{row[0]} {samples.name(row[1]).split('/')[-1][-16:]}\n{data.classes[samples.labels[row[1]]][:18]}"
+                )
                 ax.set_title(text, size=6, parse_math=False)
     return figure
 

@@ -19,7 +19,7 @@ from .labels import doubtful_labels
 # %% auto #0
 __all__ = ['clusters_of', 'told', 'leaking_copies', 'inner_copies', 'torn_copies', 'groups_of', 'leaking_groups', 'doubted']
 
-# %% ../../nbs/1_data/24_leaks.ipynb #1f5d6fcd
+# %% ../../nbs/1_data/24_leaks.ipynb #57b2b83e
 def clusters_of(
     data: Data,  # images or texts
     options: Options,  # which may have them already
@@ -81,16 +81,18 @@ def torn_copies(
         if len(given) > 1:
             classes = " and ".join(repr(data.classes[k]) for k in given[:3])
             said = f"{told(data, c.rows)}: {c.kind} copies, called {classes}."
-            found.append(Finding(name, "warning", said, c.rows, c.similarity))
+            rows = tuple(sorted(c.rows, key=lambda row: int(data.splits[row[0]].labels[row[1]])))
+            found.append(Finding(name, "warning", said, rows, c.similarity))
     return found or [Finding(name, "ok", "Copies have equal labels.")]
 
-# %% ../../nbs/1_data/24_leaks.ipynb #8aefac03
+# %% ../../nbs/1_data/24_leaks.ipynb #7c32716f
 def groups_of(
     data: Data,  # any kind
     options: Options,  # which may name groups
 ) -> Mapping[str, Sequence[Any]] | None:  # by split, one for each row; None where they aren't known
     "What each row belongs to."
-    known = options.groups or {name: samples.groups for name, samples in data.splits.items()}
+    own: dict[str, Any] = {name: samples.groups for name, samples in data.splits.items()}
+    known = options.groups or own
     if not any(len(g) for g in known.values()):
         return None
     for name, samples in data.splits.items():
