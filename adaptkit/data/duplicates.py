@@ -145,7 +145,7 @@ def find_duplicates(
     seen = looks or {name: look_at(samples) for name, samples in data.splits.items()}
     return image_duplicates(data, seen, alike=alike or 0.98)
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #7a1f2d74
+# %% ../../nbs/1_data/21_duplicates.ipynb #d550077d
 def together(
     data: Data,  # divided
     sets: Iterable[Sequence[Row]],  # rows of which each set must lie in one split
@@ -157,7 +157,7 @@ def together(
     splits = list(data.splits.values())
     target = np.repeat(np.arange(len(SPLITS)), [len(s) for s in splits])[united(len(rows), pairs)]
     pool = type(splits[0]).join(splits)
-    parts = {name: pool.take(np.flatnonzero(target == k)) for k, name in enumerate(SPLITS)}
-    emptied = [name for name, samples in data.splits.items() if len(samples) and not len(parts[name])]
+    train, valid, test = (pool.take(np.flatnonzero(target == k)) for k in range(len(SPLITS)))
+    emptied = [n for n, old, new in zip(SPLITS, splits, (train, valid, test), strict=True) if len(old) and not len(new)]
     check(not emptied, f"Nothing would be left in {' and '.join(emptied)} of {data.name!r}: collect other data for it.")
-    return replace(data, **parts)
+    return replace(data, train=train, valid=valid, test=test)

@@ -22,7 +22,7 @@ from .shingles import plain
 __all__ = ['Features', 'RANKINGS', 'pixels', 'pieces', 'out_of_fold', 'confident', 'confident_joint', 'suspicious', 'Doubt',
            'doubtful_labels']
 
-# %% ../../nbs/1_data/22_labels.ipynb #7d4b1187
+# %% ../../nbs/1_data/22_labels.ipynb #484b655e
 Features: TypeAlias = Callable[[Samples], Any]  # samples to [N, D], an array or a sparse matrix
 
 
@@ -31,7 +31,7 @@ def pixels(
 ) -> npt.NDArray[np.float32]:  # [N, 256], 0 to 1
     "Grey levels of small thumbnails."
     small = list(in_threads(lambda i: thumbnail(samples.image(i, at_least=32), 16).ravel(), range(len(samples))))
-    return np.stack(small).astype(np.float32) / 255 if small else np.zeros((0, 256), np.float32)
+    return np.array(small, np.float32).reshape(-1, 256) / np.float32(255)
 
 
 def pieces(
@@ -45,32 +45,32 @@ def pieces(
         count.transform(plain(samples.text(i)) for i in range(len(samples)))
     )
 
-# %% ../../nbs/1_data/22_labels.ipynb #e1a69d3a
+# %% ../../nbs/1_data/22_labels.ipynb #109dc3c1
 def out_of_fold(
     features: Any,  # [N, D], an array or a sparse matrix
     labels: Rows,  # [N]
     *,
     classes: int,  # how many there are, K
     folds: int = 5,  # parts, >= 2
-    strength: float = 0.1,  # inverse of the regularisation, > 0: smaller trusts the features less
+    strength: float = 0.3,  # inverse of the regularisation, > 0: smaller trusts the features less
     seed: int = 0,  # of the folds
 ) -> npt.NDArray[np.float64]:  # [N, K], each row adds up to 1
     "Probabilities for each row from a model that has not seen it."
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import KFold, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    found, rare = np.zeros((len(labels), classes)), np.bincount(labels).max(initial=0) < folds
+    found, fold = np.zeros((len(labels), classes)), np.zeros(len(labels), np.int64)
     check(len(labels) >= folds, f"{len(labels)} rows cannot be divided into {folds} folds: use fewer, or more rows.")
     scale = [StandardScaler()] if isinstance(features, np.ndarray) else []
-    parts = (KFold if rare else StratifiedKFold)(folds, shuffle=True, random_state=seed)
-    for learn, judge in parts.split(np.zeros(len(labels)), labels):
+    chance = np.random.default_rng(seed).random(len(labels))
+    fold[np.lexsort((chance, labels))] = np.arange(len(labels)) % folds  # dealt out class by class
+    for learn, judge in ((np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(folds)):
         seen = np.unique(labels[learn])
         if len(seen) == 1:
             found[judge, seen[0]] = 1
             continue
-        how = strength / 10 if scale else 10 * strength  # standardised columns are many; rows of length 1 are short
+        how = strength / features.shape[1] ** 0.5 if scale else 3 * strength  # the more columns, the more caution
         model = make_pipeline(*scale, LogisticRegression(C=how, max_iter=300)).fit(features[learn], labels[learn])
         found[np.ix_(judge, seen)] = model.predict_proba(features[judge])
     return found

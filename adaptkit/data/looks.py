@@ -44,7 +44,7 @@ def trimmed(
     how = Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(small).resize((side, side), how, box=(edge, edge, n - edge, n - edge)))
 
-# %% ../../nbs/1_data/18_looks.ipynb #1ac99277
+# %% ../../nbs/1_data/18_looks.ipynb #238a071f
 TRIMS = (0.05, 0.07, 0.09)  # shares cut off on each side; the steps are the crops that are looked for
 WAVES = 8  # kept in each direction; together WAVES * WAVES - 1 numbers
 
@@ -56,7 +56,7 @@ def signature(
     base, n = thumbnail(image, 64), 32
     x = np.stack([trimmed(base, share, side=n) for share in TRIMS]).astype(np.float32)  # [T, 32, 32]
     wave = np.cos(np.pi * np.outer(np.arange(WAVES), np.arange(n) + 0.5) / n).astype(np.float32)  # [8, 32]
-    return (wave @ x @ wave.T).reshape(len(TRIMS), -1)[:, 1:] / n
+    return np.asarray((wave @ x @ wave.T).reshape(len(TRIMS), -1)[:, 1:] / n, np.float32)
 
 # %% ../../nbs/1_data/18_looks.ipynb #e681f1d1
 def sharpness(
