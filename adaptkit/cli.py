@@ -55,6 +55,7 @@ def main() -> None:
 )
 def adapt(data: str, text: str | None, label: str | None, backbone: str | None, seed: int, **how: Any) -> None:
     "Adapt a pretrained network to DATA (a folder of images by class, a table, or a name); leaves a model and a report."
+    from adaptkit.data.checks import check_data
     from adaptkit.data.sources import load_data
     from adaptkit.evaluation.evaluate import evaluate
     from adaptkit.evaluation.report import report_run
@@ -64,6 +65,8 @@ def adapt(data: str, text: str | None, label: str | None, backbone: str | None, 
 
     columns = {name: value for name, value in (("text", text), ("label", label)) if value}
     loaded = load_data(data, seed=seed, **columns)
+    checked = check_data(loaded, labels=False)
+    print(f"{checked.verdict} The page on checking data shows what check_data and apart can do.", flush=True)
     model = build_model(backbone or DEFAULTS[loaded.kind], loaded, seed=seed)
     run = adapted(model, loaded, seed=seed, **how)
     result = evaluate(run.model, loaded, start=model)
