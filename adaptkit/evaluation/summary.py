@@ -115,7 +115,7 @@ def summary_lines(
         verdict(evaluation),
         weakness(evaluation),
         f"Training took {duration(seek(record, 'seconds'))} for {epochs} on {seek(record, 'device') or 'an unrecorded device'}, seed {'not recorded' if seed is None else seed}{at}.",
-        f"Data: {card.get('name', 'not described')} ({rows}); licence: {card.get('licence') or 'not stated'}; {aside} file{'' if aside == 1 else 's'} could not be read.",
+        f"Data: {card.get('name', 'not described')} ({rows}); licence: {card.get('licence') or 'not stated'}; set aside as unusable: {aside}.",
     ]
 
 # %% ../../nbs/6a_evaluation/16_summary.ipynb #ac9de858

@@ -207,6 +207,8 @@ def run_folder(
 
 # %% ../../nbs/4_training/04_runs.ipynb #24827652
 RUN_FILES = (
+    "trackers.json",
+    "tokenizer.txt",
     "run.json",
     "split.json",
     "events.jsonl",
