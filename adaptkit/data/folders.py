@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from .splits import SHARES, divided
 
 # %% auto #0
 __all__ = ['COMPANIONS', 'SPLIT_NAMES', 'refuse', 'flaw', 'hidden', 'walk', 'Entry', 'check_filled', 'scan', 'table_rows',
-           'located', 'read_table', 'ordered', 'set_aside', 'offered', 'load_folder']
+           'lists_images', 'located', 'read_table', 'ordered', 'set_aside', 'offered', 'load_folder']
 
 # %% ../../nbs/1_data/14_folders.ipynb #2f3277c4
 COMPANIONS = frozenset(
@@ -84,6 +85,7 @@ class Entry:
     label: str  # name of its class
     split: str = "train"  # train, valid or test
     flaw: str = ""  # why it can't be used, or ""
+    group: str = ""  # patient, module, ...; "" = stands alone
 
 # %% ../../nbs/1_data/14_folders.ipynb #73bea711
 SPLIT_NAMES = dict(
@@ -150,6 +152,17 @@ def table_rows(
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise AdaptkitError(f"Cannot read {path} as a table in UTF-8: {e}.") from e
 
+# %% ../../nbs/1_data/14_folders.ipynb #75ac4b20
+def lists_images(
+    path: Path,  # perhaps a table
+) -> bool:
+    "Whether a table names image files, not texts."
+    if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        first = f.readline(10_000).decode("utf-8-sig", "ignore").lower()
+    return {"file", "label"} <= {name.strip('" \r\n') for name in re.split("[,;\t]", first)}
+
 # %% ../../nbs/1_data/14_folders.ipynb #510f2957
 def located(
     root: Path,  # the folder of the images
@@ -166,12 +179,15 @@ def located(
 # %% ../../nbs/1_data/14_folders.ipynb #a0bb752c
 def read_table(
     root: Path,  # the folder of the images
-    path: Path,  # a CSV file with the columns file, label and perhaps split
+    path: Path,  # a CSV file with the columns file, label and perhaps split and group
+    *,
+    group: str | None = None,  # column that says who belongs together; None: the column group, if there is one
 ) -> list[Entry]:
-    "Read labels (and splits) from a table."
+    "Read labels (and splits, and groups) from a table."
     entries: dict[str, Entry] = {}
     for line, row in table_rows(path):
-        where = f"{path}, line {line}"
+        where, owner = f"{path}, line {line}", row.get((group or "group").lower())
+        check(owner is not None or group is None, f"{path} has no column {group!r}; found: {', '.join(row)}.")
         check(bool(row["file"] and row["label"]), f"{where}: every row needs a file and a label.")
         split = SPLIT_NAMES.get((row.get("split") or "train").lower(), "")
         check(bool(split), f"{where}: the split is {row.get('split')!r}, but must be train, valid or test.")
@@ -180,7 +196,7 @@ def read_table(
         except ValueError as e:  # it leaves the folder, or is no possible name
             raise AdaptkitError(f"{where}: {e}") from e
         check(name not in entries, f"{where}: {name!r} is listed twice; each image may appear once.")
-        entries[name] = Entry(name, row["label"], split, wrong)
+        entries[name] = Entry(name, row["label"], split, wrong, owner or "")
     return list(entries.values())
 
 # %% ../../nbs/1_data/14_folders.ipynb #5b27f05a
@@ -216,13 +232,17 @@ def set_aside(
 def offered(
     root: Path,  # the folder of the images
     table: Path | None,  # a table of labels; None = root/labels.csv if there is one
+    *,
+    group: str | None = None,  # column of the table that says who belongs together
 ) -> list[Entry]:  # of at least two classes
     "What a folder offers, by its table or by the names of its folders."
     check(not os.path.isfile(root), f"{root} is a file: give the folder that holds the images.")
     check(os.path.isdir(root), f"There is no folder {root}: check the path (relative paths start at {Path.cwd()}).")
     check(table is None or os.path.isfile(table), f"There is no table {table}: check labels_csv.")
     table = table or root / "labels.csv"
-    entries = read_table(root, table) if os.path.isfile(table) else scan(root)
+    listed = os.path.isfile(table)
+    check(listed or group is None, f"{root} has no table of labels, so there is no column {group!r}: leave group out.")
+    entries = read_table(root, table, group=group) if listed else scan(root)
     check(bool(entries), f"{root} holds no images: put them into one folder per class, or list them in labels.csv.")
     labels = sorted({e.label for e in entries if e.label})
     check(
@@ -238,6 +258,8 @@ def load_folder(
     labels_csv: str
     | Path
     | None = None,  # table with the columns file, label and perhaps split; default root/labels.csv if there
+    group: str
+    | None = None,  # column of the table that says who belongs together (patient, module); default group, if there
     seed: int = 0,  # of the division
     shares: Sequence[float] = SHARES,  # train, valid, test; what isn't given is cut from train
     verify: bool = True,  # read every file once, to find the damaged ones now
@@ -247,11 +269,12 @@ def load_folder(
 ) -> Data:
     "Load your own images."
     root = Path(os.path.expanduser(root))
-    entries = offered(root, Path(os.path.expanduser(labels_csv)) if labels_csv else None)
+    entries = offered(root, Path(os.path.expanduser(labels_csv)) if labels_csv else None, group=group)
     classes = ordered(e.label for e in entries if e.label)
     usable, bad = set_aside(entries, root, verify=verify, most=max_unreadable)
     labels, names = np.array([classes.index(e.label) for e in usable], np.int64), [e.name for e in usable]
-    samples, given = Samples([root / n for n in names], labels, names), [e.split for e in usable]
+    groups = [e.group or e.name for e in usable] if any(e.group for e in usable) else ()
+    samples, given = Samples([root / n for n in names], labels, names, groups), [e.split for e in usable]
     source = Source(root.resolve().name, licence, citation)
     return divided(
         samples, name=source.name, classes=classes, source=source, seed=seed, shares=shares, given=given, unreadable=bad

@@ -40,19 +40,18 @@ def fits(
     except UnicodeError:
         return None
 
-# %% ../../nbs/1_data/13_records.ipynb #10a7df72
+# %% ../../nbs/1_data/13_records.ipynb #47d74f9b
 def wide(
     head: bytes,  # the beginning of a file
 ) -> str:  # utf-16-le, utf-16-be, or nothing
     "UTF-16 without a mark: zeros on one side of each pair of bytes, hardly any on the other."
     even, odd = head[::2].count(0), head[1::2].count(0)
-    least = max(1, len(head) // 200)
-    if max(even, odd) < least or max(even, odd) < 10 * min(even, odd):
+    if max(even, odd) < max(3, len(head) // 200, 10 * min(even, odd)):
         return ""
     name = "utf-16-le" if odd > even else "utf-16-be"
-    return name if fits(head, name) is not None else ""
+    return name if "\n" in (fits(head, name) or "") else ""
 
-# %% ../../nbs/1_data/13_records.ipynb #8b39231d
+# %% ../../nbs/1_data/13_records.ipynb #a1398ddf
 def chinese_like(
     head: bytes,  # the beginning of a file that isn't UTF-8
     *,
@@ -63,9 +62,9 @@ def chinese_like(
     pairs = [c.encode("gb18030") for c in foreign]
     sure = sum(len(b) == 4 or b[1] > 0xA0 for b in pairs)  # what an accent and a letter of Latin-1 rarely look like
     usual = len(foreign) < 200 or sum(c in COMMON for c in foreign) >= 0.01 * len(foreign)
-    return bool(foreign) and usual and (share > 0.25 or sure >= 0.9 * len(pairs))
+    return bool(foreign) and usual and (share > 0.4 or sure >= 0.9 * len(pairs))
 
-# %% ../../nbs/1_data/13_records.ipynb #6b65077e
+# %% ../../nbs/1_data/13_records.ipynb #1ce253ad
 def guess(
     head: bytes,  # the beginning of a file, the more the better
 ) -> str:  # name of a codec; empty if nothing fits
@@ -80,7 +79,7 @@ def guess(
     if chinese_like(head, share=share):
         return "gb18030"
     western = "cp1252" if fits(head, "cp1252") is not None else "latin-1"
-    return western if share <= 0.25 else ""
+    return western if share <= 0.4 else ""
 
 # %% ../../nbs/1_data/13_records.ipynb #f24f41da
 HEAD = 2**20  # bytes that are looked at before reading
@@ -98,7 +97,7 @@ def raw(
     "Open for reading bytes."
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
-# %% ../../nbs/1_data/13_records.ipynb #71ed641a
+# %% ../../nbs/1_data/13_records.ipynb #96f57922
 @contextmanager
 def reading(
     path: Path,  # which file the errors are about
@@ -110,7 +109,8 @@ def reading(
     try:
         yield
     except UnicodeError as e:
-        what = f"{path}, after line {place[0]}: this is not {encoding}, as the beginning of the file is"
+        where = f"after line {place[0]}" if place[0] else "in its first lines or at the end"
+        what = f"{path}, {where}: this is not {encoding}, as the beginning of the file is"
         raise AdaptkitError(f"{what}. Repair the file, or say what it is, e.g. encoding='cp1252'.") from e
     except csv.Error as e:
         raise AdaptkitError(

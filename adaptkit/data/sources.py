@@ -20,16 +20,15 @@ import numpy as np
 from ..core.registry import AdaptkitError, Registry, check, require, unknown
 from .corpora import load_hub, reviews_zh, support_topics
 from .datasets import Data, Rows, Samples, Source
-from .folders import load_folder
+from .folders import lists_images, load_folder
 from .images import Pixels
-from .records import open_table
 from .splits import SHARES, divided, load_split
 from .tables import load_table
 
 # %% auto #0
 __all__ = ['DATASETS', 'TABLES', 'load_elpv', 'load_digits', 'read_idx', 'store', 'find', 'fetch', 'with_own_test',
-           'load_fashion_mnist', 'read_records', 'torchvision_cifar10', 'load_cifar10', 'lists_images', 'loader',
-           'check_kind', 'load_data']
+           'load_fashion_mnist', 'read_records', 'torchvision_cifar10', 'load_cifar10', 'loader', 'check_kind',
+           'load_data']
 
 # %% ../../nbs/1_data/15_sources.ipynb #822b325f
 DATASETS: Registry[Callable[..., Data]] = Registry("dataset")
@@ -237,14 +236,6 @@ DATASETS.register("reviews_zh")(reviews_zh)
 # %% ../../nbs/1_data/15_sources.ipynb #d731007c
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
-
-def lists_images(
-    path: Path,  # perhaps a table
-) -> bool:
-    "Whether a table names image files, not texts."
-    there = path.suffix.lower() in (".csv", ".tsv") and path.is_file()
-    return there and {"file", "label"} <= {name.lower() for name in open_table(path).columns}
-
 # %% ../../nbs/1_data/15_sources.ipynb #95dd2697
 def loader(
     name_or_path: str | Path,  # what the reader typed
@@ -269,7 +260,7 @@ def check_kind(
     where: str,  # the name, for the error
 ) -> None:
     "Columns belong to texts; a reader who names them has given the wrong thing, or a table of images."
-    asked = sorted({"text", "label", "group", "split_column"} & set(options))
+    asked = sorted({"text", "label", "split_column"} & set(options))
     if asked and isinstance(load, partial) and load.func is load_folder:
         what = "lists images, in its columns file and label" if load.keywords else "is a folder of images"
         check(

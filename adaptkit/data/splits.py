@@ -44,12 +44,11 @@ def repaired(
     groups: Rows | None = None,  # [N], numbers of groups that move as a whole
 ) -> Rows:  # [N]
     "Move single rows (or groups) until every class is in every split, or say which class is too small."
-    split, owner, what = split.copy(), groups, "groups"
-    if owner is None:
-        owner, what = np.arange(len(labels)), "usable examples"  # every row is a group of its own
+    split, what = split.copy(), "usable examples" if groups is None else "groups"
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         for s in sorted(set(needed) - set(np.unique(split[rows]).tolist())):
+            owner = np.arange(len(labels)) if groups is None else groups  # a row alone is a group of its own
             owners, first = np.unique(owner[rows], return_index=True)
             name = classes[label] if len(classes) else str(label)
             check(
@@ -221,10 +220,11 @@ def rows_of(
     classes: Sequence[str],  # names, for the error
 ) -> list[Rows]:  # row numbers of train, valid, test
     "Cut the missing splits from train; keep the given ones."
-    pool, left = np.flatnonzero(parts == 0), shares_left(shares, [SPLITS[k] for k in np.unique(parts)])
+    left, some = shares_left(shares, [SPLITS[k] for k in np.unique(parts)]), bool(parts.any())
+    pool: Any = np.flatnonzero(parts == 0) if some else slice(None)  # no copies where nothing is given
     own, rest = (None if x is None else x[pool] for x in (strata, groups))
     cuts = split_rows(labels[pool], shares=left, strata=own, groups=rest, seed=seed, classes=classes)
-    return [pool[cut] if left[s] else np.flatnonzero(parts == s) for s, cut in enumerate(cuts)]
+    return [(pool[cut] if some else cut) if left[s] else np.flatnonzero(parts == s) for s, cut in enumerate(cuts)]
 
 # %% ../../nbs/1_data/12_splits.ipynb #59f196b0
 def divided(

@@ -121,18 +121,19 @@ def group_number(
         return int(name)
     return int.from_bytes(blake2b(name.encode(errors="replace"), digest_size=8).digest(), "big", signed=True)
 
-# %% ../../nbs/1_data/16_tables.ipynb #0bd8f8a4
+# %% ../../nbs/1_data/16_tables.ipynb #cff6685d
 MOST_CLASSES = 100_000  # more are surely not classes
 KEPT = 300  # rows that are set aside with their reason; more are counted
 
-
+# %% ../../nbs/1_data/16_tables.ipynb #756e4c49
 @dataclass
 class Collector:
     "Gather usable rows, and set the others aside."
 
+    where: str = "the table"  # for the errors
     writer: Writer = field(default_factory=Writer)
     lines: array[int] = field(default_factory=lambda: array("q"))
-    labels: array[int] = field(default_factory=lambda: array("i"))
+    labels: array[int] = field(default_factory=lambda: array("q"))
     splits: array[int] = field(default_factory=lambda: array("b"))
     groups: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, int] = field(default_factory=dict)  # of the labels, in the order in which they appear
@@ -149,7 +150,10 @@ class Collector:
         self.writer.append(text)
         if "split" in extra:
             split = SPLIT_NAMES.get(str(extra["split"] or "train").strip().lower(), "")
-            check(bool(split), f"Line {line}: the split is {extra['split']!r}, but must be train, valid or test.")
+            check(
+                bool(split),
+                f"{self.where}, line {line}: the split is {extra['split']!r}, but must be train, valid or test.",
+            )
             self.splits.append(SPLITS.index(split))
         if "group" in extra:
             self.groups.append(group_number(str(extra["group"]).strip()))
@@ -172,7 +176,7 @@ class Collector:
         if len(self.bad) < KEPT:
             self.bad.append((f"line {line}", reason))
 
-# %% ../../nbs/1_data/16_tables.ipynb #cde6cafe
+# %% ../../nbs/1_data/16_tables.ipynb #05da4b7d
 def judged(
     found: Collector,  # all rows
     *,
@@ -183,6 +187,11 @@ def judged(
     "Raise unless the rows are something to learn from."
     check(0 <= most <= 1, f"max_unreadable is {most}: it is a share, between 0 and 1.")
     rows, classes = len(found.labels), len(set(class_names(found.numbers).values()))
+    named = label not in found.numbers or label.lower() in NAMES["label"]
+    check(
+        named,
+        f"The first line of {where} is a row ({label!r} is a label), not names: put a line of column names above it.",
+    )
     check(rows + found.aside > 0, f"{where} has column names but no rows: add some.")
     examples = "; ".join(f"{line}: {reason}" for line, reason in found.bad[:3])
     check(
@@ -194,11 +203,9 @@ def judged(
         classes < 20 or classes <= rows / 2,
         f"The column {label!r} of {where} has {classes} different values in {rows} rows, so they are hardly classes: choose another column with label=...",
     )
-    check(
-        classes > 1, f"{where} has one label only, {next(iter(found.numbers), '')!r}: telling apart takes at least two."
-    )
+    check(classes > 1, f"{where} has one label only, {[*found.numbers][:1]}: telling apart takes at least two.")
 
-# %% ../../nbs/1_data/16_tables.ipynb #5d03e1b2
+# %% ../../nbs/1_data/16_tables.ipynb #979949a5
 def collected(
     rows: Iterable[tuple[int, Sequence[Any] | str]],  # line, and text, label and extras, or what is wrong
     *,
@@ -207,7 +214,7 @@ def collected(
     label: str,  # the column of labels, for the errors
 ) -> Collector:
     "Gather all rows."
-    found = Collector()
+    found = Collector(where)
     for line, row in progress(rows, f"reading {Path(where).name}", unit=" rows"):
         if isinstance(row, str):
             found.refuse(line, row)
@@ -220,19 +227,20 @@ def collected(
             )
     return found
 
-# %% ../../nbs/1_data/16_tables.ipynb #bdfb4ff3
+# %% ../../nbs/1_data/16_tables.ipynb #765f0770
 def texts_of(
-    found: Collector,  # judged
+    found: Collector,  # judged; used up by this
 ) -> tuple[Texts, list[str]]:  # samples, and names of the classes
-    "Samples out of gathered rows; nothing is copied that is large."
+    "Samples out of gathered rows; nothing that is large is kept twice."
     names = class_names(found.numbers)
     order = {name: k for k, name in enumerate(dict.fromkeys(names.values()))}
     numbers = np.array([order[names[label]] for label in found.numbers], np.int64)
-    labels = numbers[np.frombuffer(found.labels, np.int32)] if len(found.labels) else np.empty(0, np.int64)
+    labels = np.frombuffer(found.labels, np.int64)
+    labels[:] = numbers[labels]
     lines, groups = (np.frombuffer(a, np.int64) if a else () for a in (found.lines, found.groups))
     return Texts(found.writer.done(), labels, lines, groups), list(order)
 
-# %% ../../nbs/1_data/16_tables.ipynb #fddb0c9d
+# %% ../../nbs/1_data/16_tables.ipynb #a7bdfc61
 def data_of(
     found: Collector,  # all rows
     *,
@@ -252,7 +260,7 @@ def data_of(
     what: dict[str, Any] = dict(name=source.name, classes=classes, source=source, seed=seed, shares=shares)
     return divided(samples, given=given, unreadable=bad, **what)
 
-# %% ../../nbs/1_data/16_tables.ipynb #0b97d0b3
+# %% ../../nbs/1_data/16_tables.ipynb #a9e9335f
 def load_table(
     path: str | Path,  # .csv, .tsv, .jsonl or .ndjson, perhaps with .gz behind
     *,
@@ -273,9 +281,8 @@ def load_table(
     where = str(table.path)
     first, second = chosen(table.columns, text=text, label=label, where=where, rows=table.rows(table.columns))
     there = split_column or ("split" if "split" in [c.lower() for c in table.columns] else None)
-    extras = {
-        what: column(table.columns, name, where=where) for what, name in (("split", there), ("group", group)) if name
-    }
+    asked = {"split": there, "group": group}
+    extras = {what: column(table.columns, name, where=where) for what, name in asked.items() if name}
     rows = table.rows([first, second, *extras.values()])
     found = collected(rows, extras=list(extras), where=where, label=second)
     kind = {"": "JSON Lines", ",": "commas", ";": "semicolons", "\t": "tabs"}.get(table.comma, table.comma)

@@ -96,7 +96,7 @@ class Strings(Sequence[str]):
                 whole = self.read(first, last)
                 yield [whole[a - first : b - first] for a, b in pairs]
 
-# %% ../../nbs/1_data/11_texts.ipynb #4d0644be
+# %% ../../nbs/1_data/11_texts.ipynb #1b369da5
 class Writer:
     "Collect texts one by one into `Strings`."
 
@@ -107,7 +107,7 @@ class Writer:
     ) -> None:
         self.limit, self.size, self.part = limit, 0, bytearray()
         self.file: IO[bytes] | None = None
-        self.ends = array("q")
+        self.offsets = array("q", [0])  # where each text ends and the next one starts, bytes
 
     def append(
         self,
@@ -117,7 +117,7 @@ class Writer:
         raw = text.encode(errors="replace")
         self.part += raw
         self.size += len(raw)
-        self.ends.append(self.size)
+        self.offsets.append(self.size)
         if len(self.part) > self.limit:
             self.spill()
 
@@ -136,8 +136,8 @@ class Writer:
         "What was collected; nothing can be added afterwards."
         if self.file:
             self.spill()
-        ends = np.frombuffer(self.ends, np.int64) if self.ends else np.empty(0, np.int64)
-        return Strings(self.file or bytes(self.part), np.concatenate([[0], ends[:-1]])[: len(ends)], ends)
+        offsets = np.frombuffer(self.offsets, np.int64)
+        return Strings(self.file or bytes(self.part), offsets[:-1], offsets[1:])
 
 # %% ../../nbs/1_data/11_texts.ipynb #fa654da6
 def strings(
