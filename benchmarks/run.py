@@ -1,6 +1,6 @@
 """Run all benchmarks, one after the other, and write their results where the site reads them.
 
-    python benchmarks/run.py [--only time_to_accuracy loop_overhead memory]
+    python benchmarks/run.py [--only time_to_accuracy loop_overhead memory duplicates]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("time_to_accuracy", "loop_overhead", "memory")
+ALL = ("time_to_accuracy", "loop_overhead", "memory", "duplicates")
 
 
 def main() -> None:

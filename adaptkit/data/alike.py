@@ -19,7 +19,8 @@ from .images import Pixels
 from .looks import TRIMS, thumbnail, trimmed
 
 # %% auto #0
-__all__ = ['balanced', 'neighbours', 'closest', 'vertex', 'aligned', 'texture', 'overlaid', 'near_images']
+__all__ = ['balanced', 'neighbours', 'closest', 'middle', 'vertex', 'best_shift', 'shifted', 'agreement', 'texture', 'overlaid',
+           'near_images']
 
 # %% ../../nbs/1_data/19_alike.ipynb #abe8c524
 def balanced(
@@ -78,33 +79,41 @@ def closest(
     rank = np.arange(len(order)) - np.searchsorted(ends[order], ends[order])
     return pairs[np.unique(number[order[rank < keep]])]
 
-# %% ../../nbs/1_data/19_alike.ipynb #b743d121
+# %% ../../nbs/1_data/19_alike.ipynb #3b34a9b7
+def middle(
+    side: int,  # of the images, pixels
+    *,
+    edge: float = 0.1,  # share of the side that isn't part of the middle; half of it is the largest shift
+) -> tuple[npt.NDArray[np.float32], int]:  # [side, side] of 0 and 1; the largest shift, pixels
+    "The middle of an image, as a mask."
+    mask, k = np.zeros((side, side), np.float32), int(np.ceil(edge * side))
+    mask[k : side - k, k : side - k] = 1
+    return mask, k // 2
+
+
 def vertex(
     left: npt.NDArray[Any],  # [B] value before the highest one
     top: npt.NDArray[Any],  # [B] the highest value
     right: npt.NDArray[Any],  # [B] value behind it
-) -> npt.NDArray[Any]:  # [B], 0 to 0.1
-    "By how much a parabola through three values exceeds the middle one."
+) -> npt.NDArray[Any]:  # [B], -0.5 to 0.5
+    "Where the peak of a parabola through three values lies."
     bend = np.maximum(2 * top - left - right, 1e-6)
-    return np.asarray(np.minimum((right - left) ** 2 / (8 * bend), 0.1))
+    return np.asarray(np.clip((right - left) / (2 * bend), -0.5, 0.5))
 
 
-def aligned(
+def best_shift(
     whole: npt.NDArray[np.float32],  # [B, S, S]
     part: npt.NDArray[np.float32],  # [B, S, S]; its middle is looked for in `whole`
-    *,
-    edge: float = 0.1,  # share of the side that isn't part of the middle; half of it is the largest shift
-) -> npt.NDArray[np.float32]:  # [B], -1 to 1
-    "Best correlation between two images over small shifts."
+) -> tuple[
+    npt.NDArray[Any], npt.NDArray[Any]
+]:  # [B] the highest correlation at whole pixels; [B, 2] shifts down and right
+    "By how much `part` has to be moved to lie on `whole`."
     from scipy import fft
 
-    side, k = whole.shape[-1], int(np.ceil(edge * whole.shape[-1]))
-    mask, q = np.zeros((side, side), np.float32), int(np.ceil(edge * whole.shape[-1])) // 2
-    mask[k : side - k, k : side - k] = 1
-    n, flat = float(mask.sum()), fft.rfft2(mask).conj()
+    mask, q = middle(whole.shape[-1])
+    n, flat, turn = float(mask.sum()), fft.rfft2(mask).conj(), partial(fft.irfft2, s=mask.shape)
     piece = mask * (part - (part * mask).sum((1, 2), keepdims=True) / n)
     piece /= np.sqrt((piece**2).sum((1, 2), keepdims=True)) + 1e-6
-    turn = partial(fft.irfft2, s=(side, side))
     wave = fft.rfft2(whole)
     mean, square = turn(wave * flat) / n, turn(fft.rfft2(whole**2) * flat) / n
     found = turn(wave * fft.rfft2(piece).conj()) / np.sqrt(np.maximum(square - mean**2, 1e-3) * n)
@@ -112,10 +121,34 @@ def aligned(
     best = near[:, 1:-1, 1:-1].reshape(len(near), -1).argmax(axis=1)
     i, j, b = best // (2 * q + 1) + 1, best % (2 * q + 1) + 1, np.arange(len(near))
     top = near[b, i, j]
-    more = vertex(near[b, i - 1, j], top, near[b, i + 1, j]) + vertex(near[b, i, j - 1], top, near[b, i, j + 1])
-    return np.asarray(np.minimum(top + more, 1), np.float32)
+    down = i - q - 1 + vertex(near[b, i - 1, j], top, near[b, i + 1, j])
+    right = j - q - 1 + vertex(near[b, i, j - 1], top, near[b, i, j + 1])
+    return top, np.stack([down, right], axis=1)
 
-# %% ../../nbs/1_data/19_alike.ipynb #4563c7fb
+# %% ../../nbs/1_data/19_alike.ipynb #6d162f00
+def shifted(
+    x: npt.NDArray[np.float32],  # [B, S, S]
+    by: npt.NDArray[Any],  # [B, 2] pixels down and right, fractions too
+) -> npt.NDArray[np.float32]:  # [B, S, S]
+    "Move images; what leaves on one side comes in on the other."
+    from scipy import fft
+
+    side = x.shape[-1]
+    turn = by[:, 0, None, None] * fft.fftfreq(side)[:, None] + by[:, 1, None, None] * fft.rfftfreq(side)
+    return np.asarray(fft.irfft2(fft.rfft2(x) * np.exp(-2j * np.pi * turn), s=(side, side)), np.float32)
+
+
+def agreement(
+    a: npt.NDArray[np.float32],  # [B, S, S]
+    b: npt.NDArray[np.float32],  # [B, S, S]
+) -> npt.NDArray[np.float32]:  # [B], -1 to 1
+    "Correlation of the middles of images."
+    inside = middle(a.shape[-1])[0] > 0
+    x, y = (z[:, inside] - z[:, inside].mean(axis=1, keepdims=True) for z in (a, b))
+    size = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return np.asarray((x * y).sum(axis=1) / np.maximum(size, 1e-3), np.float32)
+
+# %% ../../nbs/1_data/19_alike.ipynb #de7fb4d4
 def texture(
     small: npt.NDArray[Any],  # [B, S, S] grey levels
 ) -> npt.NDArray[np.float32]:  # [B, S, S]
@@ -127,29 +160,30 @@ def texture(
     loud = np.sqrt(np.maximum(uniform_filter(fine**2, (0, 9, 9), mode="nearest"), 0))
     return np.asarray(fine / (loud + 1), np.float32)
 
-# %% ../../nbs/1_data/19_alike.ipynb #3a229825
+# %% ../../nbs/1_data/19_alike.ipynb #ddd735df
 def overlaid(
     small: npt.NDArray[np.uint8],  # [M, S, S] thumbnails of the images
     pairs: Rows,  # [B, 3] rows in `small`, and the trim
 ) -> npt.NDArray[np.float32]:  # [B, 2]: correlation of the textures; what differs, in grey levels
     "Compare pairs of images, laid over each other as well as possible."
-    side, best, detail = small.shape[-1], np.full(len(pairs), -1, np.float32), np.zeros(len(pairs), np.float32)
+    side, best = small.shape[-1], np.full(len(pairs), -1.0)
     steps = np.array([0, 0.01, -0.01]) + (np.array(TRIMS) - TRIMS[0])[pairs[:, 2], None]  # [B, 3]
-    swap = steps < -1e-9  # then it is the other image that is trimmed
-    for s in range(3):
-        whole = np.where(swap[:, s], pairs[:, 1], pairs[:, 0])
-        other = np.where(swap[:, s], pairs[:, 0], pairs[:, 1])
-        cuts = zip(other, abs(steps[:, s]), strict=True)
-        part = np.stack([trimmed(small[i], cut, side=side) if cut > 1e-9 else small[i] for i, cut in cuts])
-        like = aligned(small[whole].astype(np.float32), part.astype(np.float32))
+    whole, part = (np.zeros((len(pairs), side, side), np.float32) for _ in range(2))
+    by = np.zeros((len(pairs), 2))
+    for step in steps.T:
+        swap = step < -1e-9  # then it is the other image that is trimmed
+        under = small[np.where(swap, pairs[:, 1], pairs[:, 0])].astype(np.float32)
+        cuts = zip(np.where(swap, pairs[:, 0], pairs[:, 1]), abs(step), strict=True)
+        over = np.stack([trimmed(small[i], cut, side=side) if cut > 1e-9 else small[i] for i, cut in cuts])
+        like, move = best_shift(under, over.astype(np.float32))
         better = like > best
-        best[better] = like[better]
-        if better.any():
-            detail[better] = aligned(texture(small[whole[better]]), texture(part[better]))
+        best[better], by[better], whole[better], part[better] = like[better], move[better], under[better], over[better]
+    part = shifted(part, by)
     loud = small.std(axis=(1, 2))[pairs[:, :2]].max(axis=1)
-    return np.stack([detail, loud * np.sqrt(1 - np.clip(best, 0, 1) ** 2)], axis=1)
+    differ = loud * np.sqrt(1 - np.clip(agreement(whole, part), 0, 1) ** 2)
+    return np.stack([agreement(texture(whole), texture(part)), differ], axis=1)
 
-# %% ../../nbs/1_data/19_alike.ipynb #812c5a03
+# %% ../../nbs/1_data/19_alike.ipynb #c80af5a6
 def near_images(
     shapes: npt.NDArray[np.float32],  # [N, T, 63] signatures
     image: Callable[[int], Pixels],  # the image of a row, [H, W, 3]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
     from adaptkit.data.texts import Listing
 
-# %% ../../nbs/1_data/25_checks.ipynb #5b76f3d2
+# %% ../../nbs/1_data/25_checks.ipynb #7c4ec099
 def examples(
     findings: Iterable[Finding],  # of one check
     *,
@@ -42,7 +42,7 @@ def examples(
         rows += [f.rows[0], f.rows[-1]] if "copies" in f.check else f.rows
     return rows[:most]
 
-
+# %% ../../nbs/1_data/25_checks.ipynb #0e8510cb
 def draw_balance(
     ax: Axes,  # where to draw
     data: Data,  # whose classes
@@ -58,7 +58,7 @@ def draw_balance(
     ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
 
-
+# %% ../../nbs/1_data/25_checks.ipynb #380c38b1
 def draw_report(
     data: Data,  # of images
     findings: Mapping[str, Sequence[Finding]],  # by check
@@ -84,7 +84,7 @@ def draw_report(
                 ax.set_title(text, size=6, parse_math=False)
     return figure
 
-
+# %% ../../nbs/1_data/25_checks.ipynb #e0010fe5
 def list_report(
     data: Data,  # of texts
     findings: Mapping[str, Sequence[Finding]],  # by check
@@ -99,7 +99,7 @@ def list_report(
     lines = {name: tuple(map(line, rows)) for name, said in findings.items() if (rows := examples(said))}
     return Listing(tuple(lines.items()), f"{data.source.name}. Licence: {data.source.licence}.")
 
-# %% ../../nbs/1_data/25_checks.ipynb #6ca31204
+# %% ../../nbs/1_data/25_checks.ipynb #62b386e4
 @dataclass(frozen=True, eq=False)
 class DataReport:
     "What the checks found."
@@ -173,7 +173,7 @@ class DataReport:
 
         return f"<p><b>{escape(self.verdict)}</b></p>{self.table().to_html()}"
 
-# %% ../../nbs/1_data/25_checks.ipynb #9a48393d
+# %% ../../nbs/1_data/25_checks.ipynb #77019e25
 def check_data(
     data: Data,  # images or texts, divided
     *,
@@ -197,7 +197,7 @@ def check_data(
     readable = not looks or not any(any(x.problems) for x in looks.values())
     return DataReport(data.name, data.fingerprint if readable else "", tuple(found), data)
 
-# %% ../../nbs/1_data/25_checks.ipynb #581d01a5
+# %% ../../nbs/1_data/25_checks.ipynb #e9b20704
 LEAKS = ("copies across splits", "groups across splits")  # checks whose findings name rows that belong into one split
 
 

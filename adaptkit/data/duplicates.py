@@ -86,7 +86,7 @@ def clustered(
         for c in large
     )
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #35549a73
+# %% ../../nbs/1_data/21_duplicates.ipynb #d52e1367
 def equal_pairs(
     content: Sequence[str] | npt.NDArray[np.str_],  # N contents, or digests of them; "" = unknown
 ) -> Rows:  # [P, 2]: each later copy with the first
@@ -95,7 +95,7 @@ def equal_pairs(
     pairs = [(first.setdefault(str(c), i), i) for i, c in enumerate(content) if c]
     return np.array([p for p in pairs if p[0] != p[1]], np.int64).reshape(-1, 2)
 
-
+# %% ../../nbs/1_data/21_duplicates.ipynb #1f59bdaf
 def image_duplicates(
     data: Data,  # of images
     looks: Mapping[str, Looks],  # by split
@@ -117,7 +117,7 @@ def image_duplicates(
     near, likeness = near_images(shapes, image, rows=first, side=side, alike=alike)
     return clustered(rows, exact=exact, near=near, likeness=likeness)
 
-
+# %% ../../nbs/1_data/21_duplicates.ipynb #0fa59754
 def text_duplicates(
     data: Data,  # of texts
     *,
@@ -131,7 +131,7 @@ def text_duplicates(
     near, likeness = near_texts((texts[i] for i in first), alike=alike)
     return clustered(rows, exact=exact, near=first[near], likeness=likeness)
 
-
+# %% ../../nbs/1_data/21_duplicates.ipynb #a527d73b
 def find_duplicates(
     data: Data,  # of images or texts
     *,
@@ -145,7 +145,7 @@ def find_duplicates(
     seen = looks or {name: look_at(samples) for name, samples in data.splits.items()}
     return image_duplicates(data, seen, alike=alike or 0.98)
 
-# %% ../../nbs/1_data/21_duplicates.ipynb #d550077d
+# %% ../../nbs/1_data/21_duplicates.ipynb #4e3d7a1b
 def together(
     data: Data,  # divided
     sets: Iterable[Sequence[Row]],  # rows of which each set must lie in one split

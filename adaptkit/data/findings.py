@@ -202,7 +202,7 @@ def sizes(
     more = f"; unlike the others: {some(len(rows), data.kind)}" if rows else ""
     return [Finding("sizes", "note" if rows else "ok", f"{said}{more}.", rows, float(np.median(shown)))]
 
-# %% ../../nbs/1_data/23_findings.ipynb #d5b2f3d8
+# %% ../../nbs/1_data/23_findings.ipynb #74eb5840
 @CHECKS.register("constant images")
 def constant(
     data: Data,  # any kind; texts are passed over
@@ -219,7 +219,7 @@ def constant(
     said = f"Of one colour, or nearly: {some(len(rows), 'image')}, e.g. {data.splits[rows[0][0]].name(rows[0][1])}."
     return [Finding("constant images", "warning", said, rows, len(rows))]
 
-
+# %% ../../nbs/1_data/23_findings.ipynb #301b3630
 @CHECKS.register("blurred images")
 def blurred(
     data: Data,  # any kind; texts are passed over
@@ -242,7 +242,7 @@ def blurred(
     said = f"Much less sharp than the others: {some(len(rows), 'image')}, e.g. {name}."
     return [Finding("blurred images", "warning", said, tuple(worst), len(rows))]
 
-
+# %% ../../nbs/1_data/23_findings.ipynb #447e8cab
 @CHECKS.register("short texts")
 def short_texts(
     data: Data,  # any kind; images are passed over

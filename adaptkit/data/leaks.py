@@ -19,7 +19,7 @@ from .labels import doubtful_labels
 # %% auto #0
 __all__ = ['clusters_of', 'told', 'leaking_copies', 'inner_copies', 'torn_copies', 'groups_of', 'leaking_groups', 'doubted']
 
-# %% ../../nbs/1_data/24_leaks.ipynb #57b2b83e
+# %% ../../nbs/1_data/24_leaks.ipynb #5fc551e9
 def clusters_of(
     data: Data,  # images or texts
     options: Options,  # which may have them already
@@ -38,7 +38,7 @@ def told(
     named = [f"{split} {data.splits[split].name(i)}" for split, i in rows[:3]]
     return ", ".join(named) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
 
-
+# %% ../../nbs/1_data/24_leaks.ipynb #f08346ab
 @CHECKS.register("copies across splits")
 def leaking_copies(
     data: Data,  # images or texts
@@ -53,7 +53,7 @@ def leaking_copies(
     ]
     return found or [Finding(name, "ok", "No row has a copy in another split.")]
 
-
+# %% ../../nbs/1_data/24_leaks.ipynb #df103586
 @CHECKS.register("copies within a split")
 def inner_copies(
     data: Data,  # images or texts
@@ -68,7 +68,7 @@ def inner_copies(
     ]
     return found or [Finding(name, "ok", "No row has a copy in its own split.")]
 
-
+# %% ../../nbs/1_data/24_leaks.ipynb #53a0383c
 @CHECKS.register("copies with other labels")
 def torn_copies(
     data: Data,  # images or texts
@@ -85,7 +85,7 @@ def torn_copies(
             found.append(Finding(name, "warning", said, rows, c.similarity))
     return found or [Finding(name, "ok", "Copies have equal labels.")]
 
-# %% ../../nbs/1_data/24_leaks.ipynb #7c32716f
+# %% ../../nbs/1_data/24_leaks.ipynb #d9a3d11c
 def groups_of(
     data: Data,  # any kind
     options: Options,  # which may name groups
@@ -121,7 +121,7 @@ def leaking_groups(
     ]
     return found or [Finding(name, "ok", f"Each of {len(members)} groups lies in one split.")]
 
-# %% ../../nbs/1_data/24_leaks.ipynb #380bb637
+# %% ../../nbs/1_data/24_leaks.ipynb #2fe24927
 @CHECKS.register("doubtful labels")
 def doubted(
     data: Data,  # images or texts

@@ -58,14 +58,15 @@ def signature(
     wave = np.cos(np.pi * np.outer(np.arange(WAVES), np.arange(n) + 0.5) / n).astype(np.float32)  # [8, 32]
     return np.asarray((wave @ x @ wave.T).reshape(len(TRIMS), -1)[:, 1:] / n, np.float32)
 
-# %% ../../nbs/1_data/18_looks.ipynb #e681f1d1
+# %% ../../nbs/1_data/18_looks.ipynb #651ecdd5
 def sharpness(
     image: Pixels,  # [H, W, 3], or grey [H, W]
-) -> float:  # log10 of variance of the Laplacian over variance of the pixels, at 128 x 128; at least -6
+) -> float:  # log10 of variance of the Laplacian over variance of the pixels, at 128 x 128; at least -4
     "How much of an image's contrast is fine detail."
     x = thumbnail(image, 128).astype(np.float32)
     fine = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
-    return float(np.log10(fine.var() / max(float(x.var()), 1e-6) + 1e-6))
+    rounding = 5 / 3  # variance of `fine` that comes from whole grey levels alone: 20 times 1/12
+    return float(np.log10(max(float(fine.var()) - rounding, 0) / max(float(x.var()), 1) + 1e-4))
 
 # %% ../../nbs/1_data/18_looks.ipynb #9a8641a2
 @dataclass(frozen=True, eq=False)
