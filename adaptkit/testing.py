@@ -21,9 +21,10 @@ from .data.images import Augment
 from .evaluation.metrics import Predictions
 from .heads.heads import Model, Named, build_model
 from .models.stages import Backbone, evaluating
+from .training.copies import check_tracker as check_tracker
 from .training.loop import fit
 from .training.methods import Method, check_answers
-from .training.session import Plan
+from .training.plan import Plan
 
 # %% auto #0
 __all__ = ['toy_data', 'toy_model', 'check_method', 'check_finish', 'same', 'check_backbone', 'check_head', 'check_data_source',
