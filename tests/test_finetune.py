@@ -375,6 +375,7 @@ def killed_at(step: int, folder: Path, tmp_path: Path) -> str:
     return last
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_all_settings_gives_the_same_bits(tmp_path):
     whole = killed_at(0, tmp_path / "whole", tmp_path)
     killed_at(15, tmp_path / "cut", tmp_path)  # in the third epoch, when one has been kept
