@@ -261,6 +261,12 @@ def test_what_cannot_be_mixed_is_refused(x, kind):
         mixed(Batch(x, torch.arange(4), torch.arange(4)), Mix(kind))
 
 
+def test_maps_too_small_to_cut_from_are_refused_instead_of_left_unmixed():
+    batch = Batch(torch.rand(4, 6, 2, 3), torch.arange(4), torch.arange(4))
+    with pytest.raises(AdaptkitError, match="cutmix needs maps of 4 x 4.*2 x 3"):
+        mixed(batch, Mix("cutmix", where="features"))
+
+
 # --- averaging ---------------------------------------------------------------------------------------
 
 
