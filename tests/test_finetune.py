@@ -261,6 +261,12 @@ def test_what_cannot_be_mixed_is_refused(x, kind):
         mixed(Batch(x, torch.arange(4), torch.arange(4)), Mix(kind))
 
 
+def test_maps_too_small_to_cut_from_are_refused_instead_of_left_unmixed():
+    batch = Batch(torch.rand(4, 6, 2, 3), torch.arange(4), torch.arange(4))
+    with pytest.raises(AdaptkitError, match="cutmix needs maps of 4 x 4.*2 x 3"):
+        mixed(batch, Mix("cutmix", where="features"))
+
+
 # --- averaging ---------------------------------------------------------------------------------------
 
 
@@ -375,6 +381,7 @@ def killed_at(step: int, folder: Path, tmp_path: Path) -> str:
     return last
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_all_settings_gives_the_same_bits(tmp_path):
     whole = killed_at(0, tmp_path / "whole", tmp_path)
     killed_at(15, tmp_path / "cut", tmp_path)  # in the third epoch, when one has been kept
