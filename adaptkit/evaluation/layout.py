@@ -160,7 +160,7 @@ DETAILS = """
 {% if figures %}<section><h2>Figures</h2>{% for caption, uri in figures %}
 <figure class="paper"><img alt="{{ caption }}" src="{{ uri }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}</section>{% endif %}
 {% if card %}<section><h2>Data</h2>{{ pairs(card.facts) }}{% if card.counts %}<h3>Images by class and split</h3>{{ grid(card.counts) }}{% endif %}
-{% if card.unreadable %}<details><summary>{{ card.unreadable | length }} unreadable {{ 'file was' if card.unreadable | length == 1 else 'files were' }} set aside</summary>{{ pairs(card.unreadable) }}</details>{% endif %}
+{% if card.unreadable %}<details><summary>{{ card.unreadable | length }} set aside as unusable</summary>{{ pairs(card.unreadable) }}</details>{% endif %}
 </section>{% endif %}
 <section><h2>What was run</h2>{% for heading, rows in sections %}<details{% if loop.first %} open{% endif %}><summary>{{ heading }}</summary>{{ pairs(rows) }}</details>
 {% endfor %}</section>
