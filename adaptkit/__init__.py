@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from adaptkit.training.finder import find_rate as find_rate
     from adaptkit.training.finetune import FineTune as FineTune
     from adaptkit.training.loop import fit as fit
+    from adaptkit.training.losses import balanced_weights as balanced_weights
+    from adaptkit.training.mixing import Mix as Mix
     from adaptkit.training.plan import Plan as Plan
     from adaptkit.training.runs import Run as Run
     from adaptkit.training.runs import open_run as open_run
@@ -51,6 +53,8 @@ _HOME = {
     "training.finder": ("find_rate",),
     "training.finetune": ("FineTune",),
     "training.loop": ("fit",),
+    "training.losses": ("balanced_weights",),
+    "training.mixing": ("Mix",),
     "training.plan": ("Plan",),
     "training.runs": ("Run", "open_run"),
 }

@@ -86,6 +86,9 @@ class EarlyStop:
     best: float = math.inf  # in the direction of "lower is better"
     waited: int = 0  # epochs since the best one
 
+    def __post_init__(self) -> None:
+        check(self.patience >= 1, f"patience={self.patience}: it is a number of epochs, at least 1.")
+
     def __call__(self, event: Event) -> Stop | None:
         if event.when is When.START:
             self.best, self.waited = math.inf, 0
