@@ -173,13 +173,13 @@ class DataReport:
 
         return f"<p><b>{escape(self.verdict)}</b></p>{self.table().to_html()}"
 
-# %% ../../nbs/1_data/25_checks.ipynb #77019e25
+# %% ../../nbs/1_data/25_checks.ipynb #2f22a4e2
 def check_data(
     data: Data,  # images or texts, divided
     *,
     features: Features | None = None,  # for the label check, samples to [N, D]; None: pixels, or pieces of texts
     groups: Mapping[str, Sequence[Any]] | None = None,  # by split, what each row belongs to; None: what the data know
-    labels: bool = True,  # whether to look for doubtful labels, which takes the longest
+    labels: bool = True,  # whether to look for doubtful labels, which trains small models
     checks: Sequence[str] = (),  # names in CHECKS; () = all of them
     alike: float | None = None,  # likeness of copies, 0 to 1; None: 0.98 for images, 0.7 for texts
     seed: int = 0,  # of the folds of the label check
