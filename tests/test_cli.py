@@ -130,3 +130,37 @@ def test_seven_steps_on_a_folder_with_plain_papermill(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_seven_steps(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Praise and complaint in a CSV with columns that nobody can guess."
+    path = tmp_path_factory.mktemp("texts") / "letters.csv"
+    rng = np.random.default_rng(0)
+    words = ["fine great lovely superb nice".split(), "awful poor broken ugly late".split()]
+    rows = [f"{i},{' '.join(rng.choice(words[i % 2], 4))} parcel number {i},{('good', 'bad')[i % 2]}" for i in range(200)]
+    path.write_text("\n".join(["id,what,how", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_adapt_a_table_of_texts(table, tmp_path):
+    words = ("--text", "what", "--label", "how", "--backbone", "bag_of_embeddings", "--depth", "1", "--out", "out")
+    done = shell("adapt", table, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "texts to learn from" in done.stdout and "test texts" in done.stdout
+    run = open_run(tmp_path / "out")
+    assert run.model.classes == ("bad", "good") and run.history[-1]["valid_accuracy"] > 0.9
+    unknown = shell("adapt", table, cwd=tmp_path)
+    assert unknown.returncode == 1 and "'id', 'what', 'how'" in unknown.stderr and "Traceback" not in unknown.stderr
+
+
+@pytest.mark.slow
+def test_the_main_job_on_a_table_of_texts(table, tmp_path):
+    given = {"data": table, "text": "what", "label": "how", "backbone": "bag_of_embeddings", "depth": 1, "out": "run"}
+    pairs = [word for name, value in given.items() for word in ("-p", name, value)]
+    done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-o", "out.ipynb", *pairs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test texts" in done.stdout
+    executed = json.loads((tmp_path / "out.ipynb").read_text())
+    shown = json.dumps([c["outputs"] for c in executed["cells"] if c["cell_type"] == "code"])
+    assert "tokens unknown" in shown and "class balance" in shown
