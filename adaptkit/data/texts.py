@@ -153,7 +153,7 @@ def strings(
 
 # %% ../../nbs/1_data/11_texts.ipynb #9ae20a6e
 @runtime_checkable
-class TextSpec(Reader, Protocol):
+class TextSpec(Protocol):
     "How a model wants its texts: it cuts them into tokens."
 
     def load(
