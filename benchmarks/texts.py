@@ -3,7 +3,7 @@
 frozen: from a raw CSV to a tested model, MiniLM frozen and cached, beside logistic regression on its sentence embeddings (five divisions of the data, compared in pairs).
 full:   all of MiniLM learns, beside the Trainer of the transformers library, with the same batch, epochs, peak rate and texts, one process after the other.
 
-    python benchmarks/texts.py [--only frozen full] [--rows 1600] [--epochs 2] [--pairs 3]
+    python benchmarks/texts.py [--only frozen full] [--data support_topics] [--rows 1600] [--epochs 4] [--pairs 3]
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def frozen(seed: int) -> dict[str, Any]:
     return {"seed": seed, "seconds": seconds, "n": len(y), "right": right, "other": (other.predict(x) == y).tolist()}
 
 
-def chosen(rows: int, seed: int) -> Any:
-    "A few thousand Chinese reviews, of very different lengths."
+def chosen(name: str, rows: int, seed: int) -> Any:
+    "Some rows of a data set, or all of them if there are fewer."
     from dataclasses import replace
 
     from adaptkit.data.sources import load_data
 
-    data = load_data("reviews_zh", seed=seed)
+    data = load_data(name, seed=seed)
     rng = np.random.default_rng(seed)
     few = {n: s.take(rng.permutation(len(s))[:k]) for (n, s), k in zip(data.splits.items(), (rows, 400, 800), strict=True)}
     return replace(data, **few)
 
 
-def ours(rows: int, epochs: int, seed: int) -> dict[str, Any]:
+def ours(name: str, rows: int, epochs: int, seed: int) -> dict[str, Any]:
     "All of MiniLM learns, in adaptkit."
     from adaptkit.evaluation.evaluate import predict
     from adaptkit.heads.heads import build_model
@@ -87,7 +87,8 @@ def ours(rows: int, epochs: int, seed: int) -> dict[str, Any]:
     from adaptkit.training.loop import fit
     from adaptkit.training.session import Plan
 
-    data = chosen(rows, seed)
+    data = chosen(name, rows, seed)
+    rows = len(data.train)
     model = build_model("minilm", data, seed=seed)
     method = FineTune(depth=model.n_stages, rate=RATE, head_rate=RATE)
     plan = Plan(epochs=epochs, batch_size=BATCH, seed=seed)
@@ -97,7 +98,7 @@ def ours(rows: int, epochs: int, seed: int) -> dict[str, Any]:
     return {"seconds": seconds, "rows": rows // BATCH * BATCH * epochs, "right": (said.predicted == said.labels).tolist()}
 
 
-def theirs(rows: int, epochs: int, seed: int, *, grouped: bool = False) -> dict[str, Any]:
+def theirs(name: str, rows: int, epochs: int, seed: int, *, grouped: bool = False) -> dict[str, Any]:
     "The same with the Trainer of the transformers library; each batch is padded to its longest text."
     import torch
     from transformers import (
@@ -110,7 +111,8 @@ def theirs(rows: int, epochs: int, seed: int, *, grouped: bool = False) -> dict[
 
     from adaptkit.models.backbones import minilm_folder
 
-    data, folder = chosen(rows, seed), str(minilm_folder())
+    data, folder = chosen(name, rows, seed), str(minilm_folder())
+    rows = len(data.train)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(data.classes), dtype=torch.float32)
@@ -137,7 +139,7 @@ def theirs(rows: int, epochs: int, seed: int, *, grouped: bool = False) -> dict[
 
 
 def in_process(what: str) -> dict[str, Any]:
-    "One measurement, e.g. `ours(1600, 2, 0)`, in a process of its own."
+    "One measurement, e.g. `ours('support_topics', 1600, 4, 0)`, in a process of its own."
     code = f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import texts; print(json.dumps(texts.{what}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
@@ -160,8 +162,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=("frozen", "full"), default=("frozen", "full"))
+    parser.add_argument("--data", default="support_topics")
     parser.add_argument("--rows", type=int, default=1600)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
     asked = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -173,14 +176,14 @@ def main() -> None:
     if "full" in asked.only:
         pairs = []
         for seed in range(asked.pairs):
-            sizes = f"{asked.rows}, {asked.epochs}, {seed}"
+            sizes = f"{asked.data!r}, {asked.rows}, {asked.epochs}, {seed}"
             pairs.append({"ours": in_process(f"ours({sizes})"), "trainer": in_process(f"theirs({sizes})"), "trainer, grouped": in_process(f"theirs({sizes}, grouped=True)")})
             rate = {k: v["rows"] / v["seconds"] for k, v in pairs[-1].items()}
             print({k: round(v, 1) for k, v in rate.items()}, {k: float(np.mean(v["right"])) for k, v in pairs[-1].items()}, flush=True)
         rates = {k: [round(p[k]["rows"] / p[k]["seconds"], 2) for p in pairs] for k in pairs[0]}
         right = {k: sum((p[k]["right"] for p in pairs), []) for k in pairs[0]}
         ratio = [round(a / b, 3) for a, b in zip(rates["ours"], rates["trainer"], strict=True)]
-        found["full"] = {"rows": asked.rows, "epochs": asked.epochs, "batch": BATCH, "texts a second": rates, "ratio to the Trainer": ratio, "accuracy": {k: float(np.mean(v)) for k, v in right.items()}}
+        found["full"] = {"data": asked.data, "rows": pairs[0]["ours"]["rows"] // asked.epochs, "epochs": asked.epochs, "batch": BATCH, "texts a second": rates, "ratio to the Trainer": ratio, "accuracy": {k: float(np.mean(v)) for k, v in right.items()}}
         found["full"] |= {"against the Trainer": paired(right["ours"], right["trainer"]), "machine": surroundings()}
         print(json.dumps(found["full"], indent=1), flush=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")

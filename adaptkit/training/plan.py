@@ -81,6 +81,6 @@ def epoch_order(
     order = rng.permutation(rows)[: rows // per_step * per_step]
     if lengths is None:
         return order
-    windows = np.split(order, range(64 * batch_size, len(order), 64 * batch_size))
+    windows = np.split(order, range(8 * batch_size, len(order), 8 * batch_size))
     alike = [w[np.argsort(lengths[w], kind="stable")].reshape(-1, batch_size) for w in windows]
     return np.concatenate([rng.permutation(w) for w in alike]).ravel()
