@@ -77,7 +77,7 @@ def test_a_class_absent_from_the_labels_is_left_out_and_said() -> None:
         assert float(f1(p)) == pytest.approx(sk.f1_score(p.labels, p.predicted, average="macro"), abs=1e-6)
     each = [sk.roc_auc_score(p.labels == k, p.probabilities[:, k]) for k in range(3)]
     assert float(auroc(p)) == pytest.approx(np.mean(each), abs=1e-6)
-    assert any("No image is labelled 'class 3'" in r for r in remarks(p))
+    assert any("Nothing is labelled 'class 3'" in r for r in remarks(p))
     assert all(0 <= s.low <= s.value <= s.high <= 1 for s in scores(p, count=200).values())
 
 

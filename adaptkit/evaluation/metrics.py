@@ -204,15 +204,11 @@ def remarks(
     found = []
     for name, n, claims in zip(predictions.classes, there, said, strict=True):
         if n == 0:
-            found.append(
-                f"No image is labelled {name!r}: balanced accuracy and AUROC are taken over the other classes."
-            )
+            found.append(f"Nothing is labelled {name!r}: balanced accuracy and AUROC are taken over the other classes.")
         elif n < 10:
-            found.append(
-                f"Only {n} image{'s' if n > 1 else ''} labelled {name!r}: what is said about this class rests on very little."
-            )
+            found.append(f"Only {n} labelled {name!r}: what is said about this class rests on very little.")
         if claims == 0 and n > 0:
             found.append(f"{name!r} is never predicted: its recall and F1 are 0.")
     if (there > 0).sum() == 1:
-        found.append("All images have the same label: AUROC does not exist and is left out.")
+        found.append("All labels are the same: AUROC does not exist and is left out.")
     return tuple(found)
