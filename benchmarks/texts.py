@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "texts.json"
 BATCH, RATE = 32, 1e-4
 
 
-def frozen(seed: int) -> dict[str, Any]:
+def frozen(seed: int, depth: int = 0, epochs: int = 40) -> dict[str, Any]:
     "One division of the support questions (epochs and smoothing by cross-validation on train and valid of the first): seconds from the CSV to the tested model, and both answers on the test texts."
     from sklearn.linear_model import LogisticRegressionCV
 
@@ -49,8 +49,8 @@ def frozen(seed: int) -> dict[str, Any]:
         started = time.perf_counter()
         data = load_data(table)
         model = build_model("minilm", data)
-        plan = Plan(epochs=40, seed=seed)
-        run = fit(model, data, FineTune(depth=0, smoothing=0.1), plan=plan, observers=[], out=Path(folder) / "run", cache=folder)
+        plan = Plan(epochs=epochs, seed=seed)
+        run = fit(model, data, FineTune(depth=depth, smoothing=0.1), plan=plan, observers=[], out=Path(folder) / "run", cache=folder)
         result = evaluate(run.model, data, start=model)
         seconds = time.perf_counter() - started
     network = load_backbone("minilm").eval()
@@ -169,10 +169,11 @@ def main() -> None:
     asked = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if "frozen" in asked.only:
-        runs = [in_process(f"frozen({seed})") for seed in range(5)]
-        both = [sum((r[k] for r in runs), []) for k in ("right", "other")]
-        found["frozen"] = {"seconds": [round(r["seconds"], 1) for r in runs], "n": len(both[0]), **paired(*both), "machine": surroundings()}
-        print(json.dumps(found["frozen"], indent=1), flush=True)
+        for name, how in (("frozen", "0, 40"), ("last layer learns", "1, 15")):
+            runs = [in_process(f"frozen({seed}, {how})") for seed in range(5)]
+            both = [sum((r[k] for r in runs), []) for k in ("right", "other")]
+            found[name] = {"seconds": [round(r["seconds"], 1) for r in runs], "n": len(both[0]), **paired(*both), "machine": surroundings()}
+            print(name, json.dumps(found[name], indent=1), flush=True)
     if "full" in asked.only:
         pairs = []
         for seed in range(asked.pairs):
