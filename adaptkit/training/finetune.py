@@ -21,27 +21,7 @@ from .methods import METHODS, Losses, Network, ParamGroup, parts
 from .mixing import Mix, mixed
 
 # %% auto #0
-__all__ = ['check_settings', 'FineTune']
-
-# %% ../../nbs/4_training/20_finetune.ipynb #2b714f5a
-def check_settings(
-    method: FineTune,  # as it was asked for
-) -> None:
-    "Refuse settings that make no sense, by name."
-    bounds = {"rate": "above 0", "head_rate": "above 0", "falloff": "above 0 and up to 1", "decay": "0 or more"}
-    bounds |= {"depth": "0 or more", "gradual": "0 or more", "smoothing": "0 to below 1", "pull": "0 or more"}
-    bounds |= {"average": "0 to below 1", "speed": "above 0"}
-    for name, allowed in bounds.items():
-        value = 1e-3 if name == "rate" and method.rate is None else getattr(method, name)
-        low = value > 0 if allowed.startswith("above") else value >= 0
-        high = value < 1 if "below 1" in allowed else value <= 1 if "up to 1" in allowed else value < math.inf
-        check(low and high, f"{name}={value}: it has to be {allowed}.")
-    wrong = [w for w in method.weights if not 0 < w < math.inf]
-    check(not wrong, f"weights={method.weights}: each class weight has to be above 0; found {wrong}.")
-    check(
-        method.mix is None or hasattr(method.mix, "where"),
-        f"mix={method.mix!r}: give a Mix, e.g. Mix('mixup'), or None.",
-    )
+__all__ = ['FineTune', 'check_settings']
 
 # %% ../../nbs/4_training/20_finetune.ipynb #5bf645e1
 @METHODS.register("finetune")
@@ -127,3 +107,23 @@ class FineTune:
     def faster(self, factor: float) -> FineTune:
         "The same method with all learning rates times `factor` (> 0), e.g. what `find_rate` suggests."
         return replace(self, speed=self.speed * factor)
+
+# %% ../../nbs/4_training/20_finetune.ipynb #2b714f5a
+def check_settings(
+    method: FineTune,  # as it was asked for
+) -> None:
+    "Refuse settings that make no sense, by name."
+    bounds = {"rate": "above 0", "head_rate": "above 0", "falloff": "above 0 and up to 1", "decay": "0 or more"}
+    bounds |= {"depth": "0 or more", "gradual": "0 or more", "smoothing": "0 to below 1", "pull": "0 or more"}
+    bounds |= {"average": "0 to below 1", "speed": "above 0"}
+    for name, allowed in bounds.items():
+        value = 1e-3 if name == "rate" and method.rate is None else getattr(method, name)
+        low = value > 0 if allowed.startswith("above") else value >= 0
+        high = value < 1 if "below 1" in allowed else value <= 1 if "up to 1" in allowed else value < math.inf
+        check(low and high, f"{name}={value}: it has to be {allowed}.")
+    wrong = [w for w in method.weights if not 0 < w < math.inf]
+    check(not wrong, f"weights={method.weights}: each class weight has to be above 0; found {wrong}.")
+    check(
+        method.mix is None or hasattr(method.mix, "where"),
+        f"mix={method.mix!r}: give a Mix, e.g. Mix('mixup'), or None.",
+    )
