@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adaptkit.models.backbones import load_backbone as load_backbone
     from adaptkit.models.tokens import WordDropout as WordDropout
     from adaptkit.models.tokens import read_texts as read_texts
-    from adaptkit.notebooks.runner import record as record
+    from adaptkit.notebooks.records import record as record
     from adaptkit.training.control import Control as Control
     from adaptkit.training.control import EarlyStop as EarlyStop
     from adaptkit.training.finder import find_rate as find_rate

@@ -20,7 +20,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks.parameters import checked, declared, from_text
-from adaptkit.notebooks.runner import RECORD, PageError, Progress, Record, left_out, records, run_page
+from adaptkit.notebooks.records import RECORD, Record, records
+from adaptkit.notebooks.runner import PageError, Progress, left_out, run_page
 
 SPEC = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 
@@ -124,7 +125,7 @@ def test_the_page_is_never_its_own_output(typed: Path) -> None:
     assert typed.read_bytes() == before
 
 
-SAY = "from adaptkit.notebooks.runner import record"
+SAY = "from adaptkit.notebooks.records import record"
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from torchvision.models import get_model, get_model_weights
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.models.sources import write_weights
 from adaptkit.notebooks.parameters import declared
-from adaptkit.notebooks.runner import records, run_page
+from adaptkit.notebooks.records import records
+from adaptkit.notebooks.runner import run_page
 
 PAGE = ROOT / "nbs/tutorials/cifar10.ipynb"
 

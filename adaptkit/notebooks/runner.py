@@ -15,61 +15,18 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..core.files import replacing
 from ..core.registry import check
 from .parameters import checked, read_page
+from .records import Record, records
 
 # %% auto #0
-__all__ = ['RECORD', 'LEFT_OUT', 'Record', 'record', 'records', 'Progress', 'left_out', 'skip', 'sockets', 'own_up',
-           'AdaptkitEngine', 'PageError', 'reason', 'keep', 'execute', 'run_page']
-
-# %% ../../nbs/8_notebooks/20_runner.ipynb #2d766312
-RECORD = "application/vnd.adaptkit.record+json"
-
-
-@dataclass(frozen=True)
-class Record:
-    "One number that a page has measured."
-
-    name: str  # e.g. "test_accuracy"; once per page
-    value: float  # finite
-    unit: str = ""  # e.g. "s", "MiB"; empty for shares and counts
-    higher_is_better: bool = True  # the direction of progress
-
-    def __str__(self) -> str:
-        return f"{self.name} = {self.value:.6g} {self.unit}".rstrip()
-
-# %% ../../nbs/8_notebooks/20_runner.ipynb #e3d0c866
-def record(
-    name: str,  # e.g. "test_accuracy"; once per page
-    value: float,  # finite
-    unit: str = "",  # e.g. "s", "MiB"; empty for shares and counts
-    *,
-    higher_is_better: bool = True,  # the direction of progress
-) -> None:
-    "Show a number, and store it in the notebook for programs."
-    from IPython.display import display
-
-    check(math.isfinite(value), f"The record {name!r} is {value}: only finite numbers can be recorded.")
-    kept = Record(name, float(value), unit, higher_is_better)
-    display({RECORD: asdict(kept), "text/plain": str(kept)}, raw=True)
-
-
-def records(
-    nb: Any,  # an executed notebook
-) -> dict[str, Record]:  # by name, in the order of the page
-    "The numbers that a notebook has recorded."
-    found: dict[str, Record] = {}
-    for output in (o for c in nb.cells for o in c.get("outputs", [])):
-        if RECORD in output.get("data", {}):
-            one = Record(**output.data[RECORD])
-            check(one.name not in found, f"{one.name!r} is recorded twice: each record needs a name of its own.")
-            found[one.name] = one
-    return found
+__all__ = ['LEFT_OUT', 'Progress', 'left_out', 'skip', 'sockets', 'own_up', 'AdaptkitEngine', 'PageError', 'reason', 'keep',
+           'execute', 'run_page']
 
 # %% ../../nbs/8_notebooks/20_runner.ipynb #930cfc37
 @dataclass
