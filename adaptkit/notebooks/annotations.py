@@ -122,7 +122,7 @@ def stand_in(
     make: Any = base
     return cast(type[Enum], make(getattr(node, "name", ""), members, **({} if mixed is None else {"type": mixed})))
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #27993a4f
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #f158fbd8
 def enumeration(
     node: ast.expr,  # a name, or a name with dots
     names: Names,  # what it may mean
@@ -135,13 +135,14 @@ def enumeration(
         mixed = next((MIXED[b] for b in bases if isinstance(b, str) and b in MIXED), None)
         return base and stand_in(ast.unparse(origin), base, mixed)
     module, _, name = origin.rpartition(".")
+    imported = module and ast.unparse(node).split(".")[0] in names.known
     try:
-        found = getattr(importlib.import_module(module), name, None) if module else None
+        found = getattr(importlib.import_module(module), name, None) if imported else None
     except Exception as e:
         raise AdaptkitError(f"The parameters need {origin}, which cannot be imported here: {e}.") from e
     return found if isinstance(found, type) and issubclass(found, Enum) and not issubclass(found, Flag) else None
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #9dd2287e
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #0873563f
 TYPES: Mapping[str, Any] = {
     **{kind.__name__: kind for kind in (int, float, bool, str, list, tuple, dict)},
     **{"pathlib.Path": Path, "typing.Any": Any, "typing.List": list, "typing.Tuple": tuple, "typing.Dict": dict},
@@ -150,23 +151,23 @@ TYPES: Mapping[str, Any] = {
 
 def shapes(
     hint: Any,  # a type
-) -> set[str]:  # of "text", "whole", "list", …
+) -> set[Any]:  # types that a file knows, e.g. `str` for paths
     "What values of a type look like once they are written to a file."
     kind = get_origin(hint) or hint
     if kind is Annotated:
         return shapes(get_args(hint)[0])
     if kind in (Literal, Union, UnionType):
-        return set[str]().union(*(shapes(type(arg) if kind is Literal else arg) for arg in get_args(hint)))
+        return set().union(*(shapes(type(arg) if kind is Literal else arg) for arg in get_args(hint)))
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return {"text"}.union(*(shapes(type(member.value)) for member in kind))
-    return {{str: "text", Path: "text", tuple: "list"}.get(kind, str(kind))}
+        return {str}.union(*(shapes(type(member.value)) for member in kind))
+    return {{Path: str, tuple: list, None: NoneType}.get(kind, kind)}
 
 
 def either(
     *hints: Any,  # types
 ) -> Any:  # their union
     "A value of one of several types; refused where a file could not tell them apart."
-    seen: set[str] = set()
+    seen: set[Any] = set()
     for hint in hints:
         check(
             not seen & shapes(hint),
@@ -207,7 +208,7 @@ def worded(
         return chosen(map(worded, args))
     return WORDS[hint] if hint in WORDS else chosen(hint.__members__)
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #feae9e83
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #9a914b87
 def resolve(
     node: ast.expr,  # an annotation
     names: Names,  # what it may refer to
@@ -221,11 +222,16 @@ def resolve(
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return either(resolve(left, names), resolve(right, names))
         case ast.Subscript(value=ast.expr() as head, slice=inner):
-            found = combined(names.origin(head), inner.elts if isinstance(inner, ast.Tuple) else [inner], names=names)
+            try:
+                found = combined(
+                    names.origin(head), inner.elts if isinstance(inner, ast.Tuple) else [inner], names=names
+                )
+            except AdaptkitError:
+                raise
+            except (ValueError, TypeError):  # something computed, or a Range of three numbers
+                found = None
         case _:
-            origin = names.origin(node)
-            found = TYPES.get(origin) if isinstance(origin, str) else None
-            found = found or enumeration(node, names)
+            found = TYPES.get(str(names.origin(node))) or enumeration(node, names)
     check(
         found is not None,
         f"{ast.unparse(node)} cannot be the type of a parameter: use int, float, bool, str, list, tuple, dict, Path, Literal, "
