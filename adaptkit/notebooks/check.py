@@ -5,7 +5,8 @@
 # %% ../../nbs/8_notebooks/36b_check.ipynb #7dcd068f
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -126,7 +127,7 @@ def rows(
     *,
     on: str = "here",  # where the pages run: "here", "ray" or "ray://host:port"
     budget: Budget | None = None,  # what they may take together; None: what there is
-) -> Iterator[Row]:  # as they come
+) -> Generator[Row, None, None]:  # as they come; closing it ends the pages
     "One row for each page."
     last = read_report(suite.out / suite.profile / "report.json")
     known = {r.page: replace(r, since=r.since or last.date) for r in last.rows} if last and not every else {}
@@ -139,8 +140,9 @@ def rows(
         else:
             jobs[Path(found.out)] = page
             waiting.append(found)
-    for outcome in run_jobs(waiting, on=on, budget=budget):
-        yield row(suite, jobs[Path(outcome.job.out)], outcome)
+    with closing(run_jobs(waiting, on=on, budget=budget)) as coming:
+        for outcome in coming:
+            yield row(suite, jobs[Path(outcome.job.out)], outcome)
 
 
 def check_pages(

@@ -5,7 +5,7 @@
 # %% ../../nbs/8_notebooks/36c_plugin.ipynb #6a4f9af1
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class Runs:
         self.suite, self.every = suite, every
         self.only: tuple[str, ...] = ()  # what was selected; all if empty
         self.rows: dict[str, Row] = {}  # what is over
-        self.coming: Iterator[Row] | None = None  # what is running
+        self.coming: Generator[Row, None, None] | None = None  # what is running
 
     def row(self, page: str) -> Row:
         "Wait until a page is over."
@@ -66,6 +66,11 @@ class Runs:
             one = next(self.coming)
             self.rows[one.page] = one
         return self.rows[page]
+
+    def close(self) -> None:
+        "End what is running."
+        if self.coming is not None:
+            self.coming.close()
 
 
 class PageFailed(Exception):
