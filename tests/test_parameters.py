@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from enum import Enum, IntEnum
@@ -21,6 +22,7 @@ from papermill.parameterize import parameterize_notebook
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks.annotations import Names, Range, worded
+from adaptkit.notebooks.forms import as_text, control, form, help_text, table
 from adaptkit.notebooks.parameters import checked, declared, from_text, inject, plain, read_page, tagged, written
 from adaptkit.notebooks.values import as_json, fit
 
@@ -322,6 +324,9 @@ def test_members_are_known_by_themselves_by_name_and_by_value(tmp_path: Path) ->
         ("x = None", "None", None),
         ("x: str | None = None", "None", None),
         ("x: str | None = None", "3", "3"),
+        ("x: str | None = None", "'a'", "'a'"),
+        ("x: Path | None = None", "''", Path("''")),
+        ("x = None", "'3'", "3"),
         ("x: int | str = 1", "3", 3),
         ("x: Path = Path('a')", "007", Path("007")),
         ("x: Path = Path('a')", "7", Path("7")),
@@ -641,3 +646,87 @@ def test_reading_parameters_loads_nothing_heavy() -> None:
     program = "import sys, adaptkit.notebooks.parameters as p; print([m for m in ('pydantic', 'papermill', 'nbformat', 'torch', 'IPython') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+# Forms
+
+FORM = """epochs: Annotated[int, Range(1, 100)] = 2  # passes over the | training data
+seed: Annotated[int, Range(0, 1000000)] = 0
+huge: Annotated[int, Range(0, 100000000000000000000)] = 3
+share: Annotated[float, Range(0, 1)] = 0.5
+floor: Annotated[int, Range(0)] = 3
+fast: bool = False
+size: Literal["small", 3, None] = "small"
+mode: Mode = Mode.FAST
+level: Level = Level.QUIET
+rate: float = float("inf")
+word: str = "<b>a</b>"
+data: Path | None = None
+shares: tuple[float, ...] = (0.8, 0.2)
+nested: tuple[tuple[Mode, Path], ...] = ((Mode.SLOW, Path("a")),)
+free = None"""
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    return page(tmp_path, FORM)
+
+
+def test_the_form_has_the_control_that_suits_the_type(wide: Path) -> None:
+    kinds = {name: type(widget).__name__ for name, widget in form(wide).controls.items()}
+    assert [*kinds] == [*declared(wide)]
+    texts = {name for name, kind in kinds.items() if kind == "Text"}
+    assert texts == {"huge", "floor", "rate", "word", "data", "shares", "nested", "free"}
+    assert {kinds["epochs"], kinds["seed"], kinds["share"], kinds["fast"]} == {"IntSlider", "BoundedIntText", "FloatSlider", "Checkbox"}
+    assert {kinds["size"], kinds["mode"], kinds["level"]} == {"Dropdown"}
+
+
+def test_an_untouched_form_gives_the_defaults(wide: Path) -> None:
+    assert all(same(value, declared(wide)[name].default) for name, value in form(wide).values().items())
+
+
+def test_a_filled_form_gives_typed_values_or_refuses(wide: Path) -> None:
+    filled = form(wide)
+    new = {"epochs": 30, "share": 0.123456789, "size": 3, "mode": declared(wide)["mode"].default.__class__.SLOW, "word": "None", "data": "7", "shares": "[1]", "nested": "()"}
+    for name, value in new.items():
+        filled.controls[name].value = value
+    found = filled.values()
+    assert found["epochs"] == 30 and found["share"] == 0.123456789 and found["size"] == 3 and found["mode"].name == "SLOW"
+    assert [found[n] for n in ("word", "data", "shares", "nested")] == ["None", Path("7"), (1.0,), ()]
+    filled.controls["floor"].value = "-1"
+    with pytest.raises(AdaptkitError, match="'floor' is -1; .* wants a whole number of at least 0"):
+        filled.values()
+
+
+def test_a_form_without_a_browser_is_a_table(wide: Path) -> None:
+    bundle = form(wide)._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "&lt;b&gt;" in bundle["text/html"] and "<b>" not in bundle["text/html"] and "Literal" not in bundle["text/plain"]
+    assert repr(form(wide)).startswith("Form(page=") and len(form(wide).widget.children) == len(declared(wide))
+
+
+def test_the_table_says_the_same_in_every_form(wide: Path) -> None:
+    shown = table(wide)
+    lines = shown._repr_markdown_().splitlines()
+    assert len(lines) == len(shown.rows) + 2 and "passes over the \\| training data" in lines[2]
+    for name, words, default, note in shown.rows:
+        assert name in str(shown) and words in str(shown) and default in str(shown) and note in str(shown)
+    assert repr(shown).startswith("Table(epochs, seed") and shown.rows[-2][2] == "[['SLOW', 'a']]" and shown.rows[-3][2] == "(0.8, 0.2)"
+
+
+def test_help_can_be_copied_into_a_shell(wide: Path) -> None:
+    told = help_text(wide, width=70)
+    assert max(map(len, told.splitlines())) <= 70 and "a whole number from 1 to 100" in told
+    words = [shlex.split(line) for line in told.splitlines() if line.startswith("  -p ")]
+    assert all(same(from_text(wide, [(name, text)])[name], declared(wide)[name].default) for _, name, text in words)
+    assert [word[1] for word in words] == [*declared(wide)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(declarations())
+def test_what_is_shown_can_be_typed(tmp_path_factory: pytest.TempPathFactory, declaration: list[tuple[str, str, str]]) -> None:
+    lines = "\n".join(f"p{i}: {annotation} = {default}" for i, (annotation, default, _) in enumerate(declaration))
+    made = page(tmp_path_factory.getbasetemp(), lines)
+    for name, one in declared(made).items():
+        assert control(one) is not None
+        assert same(from_text(made, [(name, as_text(one.default))])[name], fit(one.default, one.type))

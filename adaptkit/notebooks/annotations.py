@@ -96,7 +96,7 @@ class Names:
         head = self.origin(node.value) if isinstance(node, ast.Attribute) else ""
         return f"{head}.{node.attr}" if isinstance(node, ast.Attribute) and head and isinstance(head, str) else ""
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #90703f50
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #a15e6f80
 ENUMS: Mapping[str, type[Enum]] = {"enum.Enum": Enum, "enum.IntEnum": IntEnum, "enum.StrEnum": StrEnum}
 MIXED: Mapping[str, type] = {"str": str, "int": int}
 
@@ -105,6 +105,7 @@ MIXED: Mapping[str, type] = {"str": str, "int": int}
 def stand_in(
     source: str,  # Python: the class
     base: type[Enum],  # e.g. StrEnum
+    *,
     mixed: type | None,  # of its values, e.g. str in `class Mode(str, Enum)`
 ) -> type[Enum]:  # with the same members; the same object for the same source
     "Build an enumeration out of its source, without running it."
@@ -122,7 +123,7 @@ def stand_in(
     make: Any = base
     return cast(type[Enum], make(getattr(node, "name", ""), members, **({} if mixed is None else {"type": mixed})))
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #f158fbd8
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #5aebd327
 def enumeration(
     node: ast.expr,  # a name, or a name with dots
     names: Names,  # what it may mean
@@ -133,7 +134,7 @@ def enumeration(
         bases = [names.origin(base) for base in origin.bases]
         base = next((ENUMS[b] for b in bases if isinstance(b, str) and b in ENUMS), None)
         mixed = next((MIXED[b] for b in bases if isinstance(b, str) and b in MIXED), None)
-        return base and stand_in(ast.unparse(origin), base, mixed)
+        return base and stand_in(ast.unparse(origin), base, mixed=mixed)
     module, _, name = origin.rpartition(".")
     imported = module and ast.unparse(node).split(".")[0] in names.known
     try:

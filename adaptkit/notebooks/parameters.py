@@ -64,7 +64,7 @@ def checked(
             raise unknown("parameter", name, allowed)
     return {name: fitted(allowed[name], value, page=page) for name, value in given.items()}
 
-# %% ../../nbs/8_notebooks/10_parameters.ipynb #cd87f751
+# %% ../../nbs/8_notebooks/10_parameters.ipynb #998ee606
 def readings(
     one: Parameter,  # what is declared
     text: str,  # from a shell
@@ -73,9 +73,10 @@ def readings(
     if one.type is str:
         return [text]
     try:
-        return [ast.literal_eval(text.strip()), text]
+        found = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return [text]
+    return [text] if isinstance(found, str) and one.type is not Any else [found, text]  # quotes belong to a text
 
 # %% ../../nbs/8_notebooks/10_parameters.ipynb #d92681ce
 def reading(
