@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -200,6 +201,15 @@ def test_nothing_of_the_page_is_run(tmp_path: Path) -> None:
     assert declared(made)["x"].default.name == "A" and not touched.exists()
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("A = 2 * 3 * len('a')", "members of Mode have to be plain"), ("A = open('x')", "members of Mode have to be plain"), ("pass", "cannot be the type")],
+)
+def test_enumerations_that_cannot_be_read_are_named(body: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(AdaptkitError, match=words):
+        declared(page(tmp_path, "x: Mode | None = None", above=f"import enum\nclass Mode(enum.Enum):\n    'Nothing.'\n    _hidden_ = 3\n    {body}"))
+
+
 def test_two_parameter_cells_or_none_are_refused(tmp_path: Path) -> None:
     made = page(tmp_path, "a = 1", "b = 1")
     nb = read_page(made)
@@ -283,6 +293,8 @@ def test_values_that_fit(line: str, given: Any, wanted: Any, tmp_path: Path) -> 
         ("x: dict[str, int] = {}", {1: 1}, "wants a dictionary"),
         ("x: list[float] = []", {1.0}, "wants a list"),
         ("x = None", object, "wants anything"),
+        ("x: int = 2", 10**5000, "too long a number \\(int\\); .* wants a whole number"),
+        ("x: list[int] | None = None", [*range(1000), "a"], "…, with 'a' at \\[1000\\]; .* or None"),
     ],
 )
 def test_values_that_do_not_fit(line: str, given: Any, words: str, tmp_path: Path) -> None:
@@ -498,17 +510,40 @@ SENT = {
 }  # fmt: skip
 
 
-def test_many_values_arrive_in_a_real_kernel(tmp_path: Path) -> None:
-    shown = "import math\n[repr(v) for v in (" + ", ".join(SENT) + ")]"
-    made = page(tmp_path, MANY, shown)
-    names = space() | {"Path": Path}
+class Typed(NBClientEngine):
+    "An engine that sees to the parameters first."
+
+    @classmethod
+    def execute_notebook(cls, nb: Any, kernel_name: str, **options: Any) -> Any:
+        "Check and type what was given, then execute."
+        inject(nb)
+        return super().execute_notebook(nb, kernel_name, **options)
+
+
+def refuse(text: str) -> None:
+    "Python reads NaN and Infinity in JSON, browsers don't."
+    raise AssertionError(f"{text} is no JSON")
+
+
+def test_many_values_arrive_in_a_real_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
+    made = page(tmp_path, MANY, "[repr(v) for v in (" + ", ".join(SENT) + ")]")
+    names = space()
     sent = {name: eval(source, names) for name, source in SENT.items()}
-    nb = parameterised(made, sent)
-    inject(nb)
-    nbformat.write(nb, tmp_path / "typed.ipynb")
-    done = papermill.execute_notebook(tmp_path / "typed.ipynb", tmp_path / "done.ipynb", progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
+    done = papermill.execute_notebook(made, tmp_path / "done.ipynb", sent, engine_name="typed", **quiet)
     assert eval(done.cells[-1].outputs[0].data["text/plain"]) == [repr(value) for value in sent.values()]
+    kept = json.loads((tmp_path / "done.ipynb").read_text(), parse_constant=refuse)
+    assert kept["metadata"]["papermill"]["parameters"] == plain(sent)
     nbformat.validate(read_page(tmp_path / "done.ipynb"))
+
+
+def test_what_does_not_fit_starts_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
+    monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    made = page(tmp_path, "epochs: Annotated[int, Range(1, 9)] = 2")
+    with pytest.raises(AdaptkitError, match="'epochs' is 10; .*page.ipynb wants a whole number from 1 to 9, such as 2"):
+        papermill.execute_notebook(made, tmp_path / "done.ipynb", {"epochs": 10}, engine_name="typed", progress_bar=False)
 
 
 def test_an_executed_copy_can_be_run_again(typed: Path, tmp_path: Path) -> None:
