@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from enum import Enum, IntEnum
@@ -16,11 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks.annotations import Names, Range, worded
+from adaptkit.notebooks.forms import as_text, control, form, help_text, table
 from adaptkit.notebooks.parameters import checked, declared, from_text, inject, plain, read_page, tagged, written
 from adaptkit.notebooks.values import as_json, fit
 
@@ -198,6 +201,15 @@ def test_nothing_of_the_page_is_run(tmp_path: Path) -> None:
     assert declared(made)["x"].default.name == "A" and not touched.exists()
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("A = 2 * 3 * len('a')", "members of Mode have to be plain"), ("A = open('x')", "members of Mode have to be plain"), ("pass", "cannot be the type")],
+)
+def test_enumerations_that_cannot_be_read_are_named(body: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(AdaptkitError, match=words):
+        declared(page(tmp_path, "x: Mode | None = None", above=f"import enum\nclass Mode(enum.Enum):\n    'Nothing.'\n    _hidden_ = 3\n    {body}"))
+
+
 def test_two_parameter_cells_or_none_are_refused(tmp_path: Path) -> None:
     made = page(tmp_path, "a = 1", "b = 1")
     nb = read_page(made)
@@ -281,6 +293,8 @@ def test_values_that_fit(line: str, given: Any, wanted: Any, tmp_path: Path) -> 
         ("x: dict[str, int] = {}", {1: 1}, "wants a dictionary"),
         ("x: list[float] = []", {1.0}, "wants a list"),
         ("x = None", object, "wants anything"),
+        ("x: int = 2", 10**5000, "too long a number \\(int\\); .* wants a whole number"),
+        ("x: list[int] | None = None", [*range(1000), "a"], "…, with 'a' at \\[1000\\]; .* or None"),
     ],
 )
 def test_values_that_do_not_fit(line: str, given: Any, words: str, tmp_path: Path) -> None:
@@ -322,6 +336,9 @@ def test_members_are_known_by_themselves_by_name_and_by_value(tmp_path: Path) ->
         ("x = None", "None", None),
         ("x: str | None = None", "None", None),
         ("x: str | None = None", "3", "3"),
+        ("x: str | None = None", "'a'", "'a'"),
+        ("x: Path | None = None", "''", Path("''")),
+        ("x = None", "'3'", "3"),
         ("x: int | str = 1", "3", 3),
         ("x: Path = Path('a')", "007", Path("007")),
         ("x: Path = Path('a')", "7", Path("7")),
@@ -493,17 +510,40 @@ SENT = {
 }  # fmt: skip
 
 
-def test_many_values_arrive_in_a_real_kernel(tmp_path: Path) -> None:
-    shown = "import math\n[repr(v) for v in (" + ", ".join(SENT) + ")]"
-    made = page(tmp_path, MANY, shown)
-    names = space() | {"Path": Path}
+class Typed(NBClientEngine):
+    "An engine that sees to the parameters first."
+
+    @classmethod
+    def execute_notebook(cls, nb: Any, kernel_name: str, **options: Any) -> Any:
+        "Check and type what was given, then execute."
+        inject(nb)
+        return super().execute_notebook(nb, kernel_name, **options)
+
+
+def refuse(text: str) -> None:
+    "Python reads NaN and Infinity in JSON, browsers don't."
+    raise AssertionError(f"{text} is no JSON")
+
+
+def test_many_values_arrive_in_a_real_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
+    made = page(tmp_path, MANY, "[repr(v) for v in (" + ", ".join(SENT) + ")]")
+    names = space()
     sent = {name: eval(source, names) for name, source in SENT.items()}
-    nb = parameterised(made, sent)
-    inject(nb)
-    nbformat.write(nb, tmp_path / "typed.ipynb")
-    done = papermill.execute_notebook(tmp_path / "typed.ipynb", tmp_path / "done.ipynb", progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
+    done = papermill.execute_notebook(made, tmp_path / "done.ipynb", sent, engine_name="typed", **quiet)
     assert eval(done.cells[-1].outputs[0].data["text/plain"]) == [repr(value) for value in sent.values()]
+    kept = json.loads((tmp_path / "done.ipynb").read_text(), parse_constant=refuse)
+    assert kept["metadata"]["papermill"]["parameters"] == plain(sent)
     nbformat.validate(read_page(tmp_path / "done.ipynb"))
+
+
+def test_what_does_not_fit_starts_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
+    monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    made = page(tmp_path, "epochs: Annotated[int, Range(1, 9)] = 2")
+    with pytest.raises(AdaptkitError, match="'epochs' is 10; .*page.ipynb wants a whole number from 1 to 9, such as 2"):
+        papermill.execute_notebook(made, tmp_path / "done.ipynb", {"epochs": 10}, engine_name="typed", progress_bar=False)
 
 
 def test_an_executed_copy_can_be_run_again(typed: Path, tmp_path: Path) -> None:
@@ -641,3 +681,87 @@ def test_reading_parameters_loads_nothing_heavy() -> None:
     program = "import sys, adaptkit.notebooks.parameters as p; print([m for m in ('pydantic', 'papermill', 'nbformat', 'torch', 'IPython') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+# Forms
+
+FORM = """epochs: Annotated[int, Range(1, 100)] = 2  # passes over the | training data
+seed: Annotated[int, Range(0, 1000000)] = 0
+huge: Annotated[int, Range(0, 100000000000000000000)] = 3
+share: Annotated[float, Range(0, 1)] = 0.5
+floor: Annotated[int, Range(0)] = 3
+fast: bool = False
+size: Literal["small", 3, None] = "small"
+mode: Mode = Mode.FAST
+level: Level = Level.QUIET
+rate: float = float("inf")
+word: str = "<b>a</b>"
+data: Path | None = None
+shares: tuple[float, ...] = (0.8, 0.2)
+nested: tuple[tuple[Mode, Path], ...] = ((Mode.SLOW, Path("a")),)
+free = None"""
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    return page(tmp_path, FORM)
+
+
+def test_the_form_has_the_control_that_suits_the_type(wide: Path) -> None:
+    kinds = {name: type(widget).__name__ for name, widget in form(wide).controls.items()}
+    assert [*kinds] == [*declared(wide)]
+    texts = {name for name, kind in kinds.items() if kind == "Text"}
+    assert texts == {"huge", "floor", "rate", "word", "data", "shares", "nested", "free"}
+    assert {kinds["epochs"], kinds["seed"], kinds["share"], kinds["fast"]} == {"IntSlider", "BoundedIntText", "FloatSlider", "Checkbox"}
+    assert {kinds["size"], kinds["mode"], kinds["level"]} == {"Dropdown"}
+
+
+def test_an_untouched_form_gives_the_defaults(wide: Path) -> None:
+    assert all(same(value, declared(wide)[name].default) for name, value in form(wide).values().items())
+
+
+def test_a_filled_form_gives_typed_values_or_refuses(wide: Path) -> None:
+    filled = form(wide)
+    new = {"epochs": 30, "share": 0.123456789, "size": 3, "mode": declared(wide)["mode"].default.__class__.SLOW, "word": "None", "data": "7", "shares": "[1]", "nested": "()"}
+    for name, value in new.items():
+        filled.controls[name].value = value
+    found = filled.values()
+    assert found["epochs"] == 30 and found["share"] == 0.123456789 and found["size"] == 3 and found["mode"].name == "SLOW"
+    assert [found[n] for n in ("word", "data", "shares", "nested")] == ["None", Path("7"), (1.0,), ()]
+    filled.controls["floor"].value = "-1"
+    with pytest.raises(AdaptkitError, match="'floor' is -1; .* wants a whole number of at least 0"):
+        filled.values()
+
+
+def test_a_form_without_a_browser_is_a_table(wide: Path) -> None:
+    bundle = form(wide)._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "&lt;b&gt;" in bundle["text/html"] and "<b>" not in bundle["text/html"] and "Literal" not in bundle["text/plain"]
+    assert repr(form(wide)).startswith("Form(page=") and len(form(wide).widget.children) == len(declared(wide))
+
+
+def test_the_table_says_the_same_in_every_form(wide: Path) -> None:
+    shown = table(wide)
+    lines = shown._repr_markdown_().splitlines()
+    assert len(lines) == len(shown.rows) + 2 and "passes over the \\| training data" in lines[2]
+    for name, words, default, note in shown.rows:
+        assert name in str(shown) and words in str(shown) and default in str(shown) and note in str(shown)
+    assert repr(shown).startswith("Table(epochs, seed") and shown.rows[-2][2] == "[['SLOW', 'a']]" and shown.rows[-3][2] == "(0.8, 0.2)"
+
+
+def test_help_can_be_copied_into_a_shell(wide: Path) -> None:
+    told = help_text(wide, width=70)
+    assert max(map(len, told.splitlines())) <= 70 and "a whole number from 1 to 100" in told
+    words = [shlex.split(line) for line in told.splitlines() if line.startswith("  -p ")]
+    assert all(same(from_text(wide, [(name, text)])[name], declared(wide)[name].default) for _, name, text in words)
+    assert [word[1] for word in words] == [*declared(wide)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(declarations())
+def test_what_is_shown_can_be_typed(tmp_path_factory: pytest.TempPathFactory, declaration: list[tuple[str, str, str]]) -> None:
+    lines = "\n".join(f"p{i}: {annotation} = {default}" for i, (annotation, default, _) in enumerate(declaration))
+    made = page(tmp_path_factory.getbasetemp(), lines)
+    for name, one in declared(made).items():
+        assert control(one) is not None
+        assert same(from_text(made, [(name, as_text(one.default))])[name], fit(one.default, one.type))

@@ -96,7 +96,7 @@ class Names:
         head = self.origin(node.value) if isinstance(node, ast.Attribute) else ""
         return f"{head}.{node.attr}" if isinstance(node, ast.Attribute) and head and isinstance(head, str) else ""
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #90703f50
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #0c8d4deb
 ENUMS: Mapping[str, type[Enum]] = {"enum.Enum": Enum, "enum.IntEnum": IntEnum, "enum.StrEnum": StrEnum}
 MIXED: Mapping[str, type] = {"str": str, "int": int}
 
@@ -105,24 +105,23 @@ MIXED: Mapping[str, type] = {"str": str, "int": int}
 def stand_in(
     source: str,  # Python: the class
     base: type[Enum],  # e.g. StrEnum
+    *,
     mixed: type | None,  # of its values, e.g. str in `class Mode(str, Enum)`
 ) -> type[Enum]:  # with the same members; the same object for the same source
     "Build an enumeration out of its source, without running it."
-    node = ast.parse(source).body[0]
+    node: Any = ast.parse(source).body[0]
     members: dict[str, Any] = {}
-    for line in getattr(node, "body", []):
-        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-            call = isinstance(line.value, ast.Call) and ast.unparse(line.value).split(".")[-1] == "auto()"
-            try:
-                members[line.targets[0].id] = auto() if call else ast.literal_eval(line.value)
-            except ValueError as e:
-                raise AdaptkitError(
-                    f"Members of an enumeration have to be plain values to be a choice: {ast.unparse(line)}"
-                ) from e
     make: Any = base
-    return cast(type[Enum], make(getattr(node, "name", ""), members, **({} if mixed is None else {"type": mixed})))
+    try:
+        for line in node.body:
+            if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name) and line.targets[0].id[0] != "_":
+                call = isinstance(line.value, ast.Call) and ast.unparse(line.value).split(".")[-1] == "auto()"
+                members[line.targets[0].id] = auto() if call else ast.literal_eval(line.value)
+        return cast(type[Enum], make(node.name, members, **({} if mixed is None else {"type": mixed})))
+    except (ValueError, TypeError) as e:
+        raise AdaptkitError(f"The members of {node.name} have to be plain values to be a choice: {e}.") from e
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #f158fbd8
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #5aebd327
 def enumeration(
     node: ast.expr,  # a name, or a name with dots
     names: Names,  # what it may mean
@@ -133,7 +132,7 @@ def enumeration(
         bases = [names.origin(base) for base in origin.bases]
         base = next((ENUMS[b] for b in bases if isinstance(b, str) and b in ENUMS), None)
         mixed = next((MIXED[b] for b in bases if isinstance(b, str) and b in MIXED), None)
-        return base and stand_in(ast.unparse(origin), base, mixed)
+        return base and stand_in(ast.unparse(origin), base, mixed=mixed)
     module, _, name = origin.rpartition(".")
     imported = module and ast.unparse(node).split(".")[0] in names.known
     try:
@@ -239,7 +238,7 @@ def resolve(
     )
     return found
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #2df4e96e
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #36a68ef8
 def bounded(
     hint: Any,  # a type of numbers
     call: ast.expr,  # `Range(1, 100)`
@@ -252,7 +251,7 @@ def bounded(
         f"adaptkit.notebooks.{m}.Range" for m in ("annotations", "parameters")
     }:
         return None
-    numbers = {int, float, NoneType}.issuperset(get_args(hint) or [hint]) and hint is not None
+    numbers = {int, float, NoneType}.issuperset(get_args(hint) or [hint])
     check(numbers, f"{ast.unparse(call)} belongs to a number, not to {worded(hint)}.")
     return Annotated[
         hint, Range(*map(ast.literal_eval, call.args), **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})

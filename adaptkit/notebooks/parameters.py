@@ -22,9 +22,9 @@ from .values import plain as plain
 from .values import written as written
 
 # %% auto #0
-__all__ = ['OWN', 'fault', 'fitted', 'checked', 'readings', 'reading', 'from_text', 'received', 'place', 'inject']
+__all__ = ['OWN', 'fault', 'said', 'fitted', 'checked', 'readings', 'reading', 'from_text', 'received', 'place', 'inject']
 
-# %% ../../nbs/8_notebooks/10_parameters.ipynb #e59dfb40
+# %% ../../nbs/8_notebooks/10_parameters.ipynb #90e8ecc4
 def fault(
     error: ValueError,  # from pydantic
     value: Any,  # what didn't fit
@@ -35,9 +35,20 @@ def fault(
         inside = isinstance(found, list | tuple) and isinstance(step, int) and step < len(found)
         if inside or (isinstance(found, Mapping) and step in found):
             path, found = f"{path}[{step!r}]", found[step]
-    return f", with {found!r} at {path}" if path else ""
+    return f", with {said(found)} at {path}" if path else ""
 
-# %% ../../nbs/8_notebooks/10_parameters.ipynb #54e8ab78
+# %% ../../nbs/8_notebooks/10_parameters.ipynb #ae1d50b7
+def said(
+    value: object,  # anything
+) -> str:  # at most 200 characters
+    "What was given, short enough for a sentence."
+    try:
+        text = repr(value)
+    except ValueError:  # Python doesn't print whole numbers of many thousand digits
+        text = f"too long a number ({type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
 def fitted(
     one: Parameter,  # what is declared
     value: Any,  # what was given
@@ -50,7 +61,7 @@ def fitted(
         return fit(value, one.type)
     except ValueError as e:
         wanted = f"{page} wants {one.words}, such as {one.example}"
-        raise AdaptkitError(f"Parameter {one.name!r} is {value!r}{fault(e, value)}; {wanted}.{hint}") from e
+        raise AdaptkitError(f"Parameter {one.name!r} is {said(value)}{fault(e, value)}; {wanted}.{hint}") from e
 
 # %% ../../nbs/8_notebooks/10_parameters.ipynb #622f3baa
 def checked(
@@ -64,7 +75,7 @@ def checked(
             raise unknown("parameter", name, allowed)
     return {name: fitted(allowed[name], value, page=page) for name, value in given.items()}
 
-# %% ../../nbs/8_notebooks/10_parameters.ipynb #cd87f751
+# %% ../../nbs/8_notebooks/10_parameters.ipynb #998ee606
 def readings(
     one: Parameter,  # what is declared
     text: str,  # from a shell
@@ -73,9 +84,10 @@ def readings(
     if one.type is str:
         return [text]
     try:
-        return [ast.literal_eval(text.strip()), text]
+        found = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return [text]
+    return [text] if isinstance(found, str) and one.type is not Any else [found, text]  # quotes belong to a text
 
 # %% ../../nbs/8_notebooks/10_parameters.ipynb #d92681ce
 def reading(
