@@ -48,7 +48,7 @@ _HOME = {
     "heads.heads": ("Model", "build_model", "load_model"),
     "models.backbones": ("load_backbone",),
     "models.tokens": ("WordDropout", "read_texts"),
-    "notebooks.runner": ("record",),
+    "notebooks.records": ("record",),
     "training.control": ("Control", "EarlyStop"),
     "training.finder": ("find_rate",),
     "training.finetune": ("FineTune",),

@@ -23,6 +23,7 @@ from pathlib import Path
 from ..core.files import digest, read_json, replacing, write_json
 from ..core.registry import AdaptkitError, check
 from .links import broken, outside
+from .numbers import check_numbers, link_numbers
 from .preparing import document_all, link_pages, prepare
 from .runner import PageError, run_page
 from .tree import pages, readme, replace_text, write_sidebar
@@ -189,7 +190,10 @@ def build(
     if source is None:
         source = Path("runs/docs")
         execute_all(nbs, source, workers=workers)
+    if source.resolve() != nbs.resolve():  # as it is stored, a page has recorded nothing
+        check_numbers(source)
     ready = prepare(source, Path("runs/site"))
+    link_numbers(ready)
     proc = document_all(ready, Path("_proc"), workers=workers)
     link_pages(proc, base)
     shutil.copy("_quarto.yml", proc / "_quarto.yml")

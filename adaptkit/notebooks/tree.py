@@ -107,7 +107,8 @@ def moved(
     text: str,  # Markdown or HTML of a page
     prefix: str,  # the folder of the page, seen from the new place
 ) -> str:  # the same, its relative links valid in the new place
-    "Rewrite relative links."
+    "Rewrite relative links; the address of a [record](39_numbers.ipynb) leads to its page."
+    text = re.sub(r"\]\(record:([^()\s]+)\.\w+\)", r"](\1.ipynb)", text)
     return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(prefix, m[2])), text)
 
 
