@@ -71,6 +71,7 @@ def stopped(made: Path, **options: Any) -> tuple[PageError, Any]:
 # ---- beside papermill's default engine: the cases that papermill's documentation describes
 
 SHOW = "from IPython.display import display, clear_output, update_display, HTML, JSON, Latex, Markdown"
+OUT_ERR = "import sys\nfor i in range(3):\n    print('out', i, flush=True)\n    print('err', i, file=sys.stderr, flush=True)"
 WIDGETS = "import ipywidgets as w\nout = w.Output()\nwith out:\n    print('inside')\ndisplay(w.IntSlider(3), out)"
 CASES: dict[str, tuple[list[str], dict[int, str], dict[str, Any]]] = {
     "raises": (["print('before')", "def f():\n    raise ValueError('no')\nf()", "print('after')"], {}, {}),
@@ -78,22 +79,16 @@ CASES: dict[str, tuple[list[str], dict[int, str], dict[str, Any]]] = {
     "exit": (["1", "import sys\nsys.exit()", "2"], {}, {}),
     "exit 0": (["1", "raise SystemExit(0)", "2"], {}, {}),
     "exit 1": (["1", "import sys\nsys.exit(1)", "2"], {}, {}),
-    "unicode": (["'Ωmega ☃ 🎈'", "print('日本語')", "# Überschrift", "ä = 'ß'\nä"], {}, {}),
-    "no parameters": (["a = 1", "a"], {}, {}),
+    "text": (["# Überschrift", "ä = 'Ωmega ☃ 🎈'\nä", "print('日本語')", "", "  ", "None", "3;", "!echo hello", "%%capture caught\nprint('hidden')", "caught.stdout", "import warnings\nwarnings.warn('careful')"], {}, {}),
+    "outputs": ([SHOW, "print('x')\ndisplay(HTML('<b>1</b>'))\nprint('y')\ndisplay(JSON({'a': [1]}), Latex('$x$'))\n{'last': 1}", OUT_ERR, "print('x' * 200_000)", "list(range(3000))", "for i in range(2000):\n    print(i)"], {}, {}),
     "parameters": (["# Title", "a = 1\nb = 'x'", "(a, b)"], {1: "parameters"}, {"a": 5}),
     "injected anew": (["a = 1", "a = 2", "a"], {0: "parameters", 1: "injected-parameters"}, {"a": 7}),
-    "many outputs": ([SHOW, "print('x')\ndisplay(HTML('<b>1</b>'))\nprint('y')\ndisplay(JSON({'a': [1]}), Latex('$x$'))\n{'last': 1}"], {}, {}),
-    "out and err": (["import sys", "for i in range(3):\n    print('out', i, flush=True)\n    print('err', i, file=sys.stderr, flush=True)"], {}, {}),
-    "long": (["print('x' * 200_000)", "list(range(3000))", "for i in range(2000):\n    print(i)"], {}, {}),
     "updates": ([SHOW, "h = display(Markdown('old'), display_id='here')", "update_display(Markdown('new'), display_id='here')\nprint('a')\nclear_output()\nprint('b')\nclear_output(wait=True)\nprint('c')"], {}, {}),
     "widgets": ([SHOW, WIDGETS, "out.clear_output()"], {}, {}),
     "allowed error": (["1", "1 / 0", "2"], {1: "raises-exception"}, {}),
     "skipped": (["1", "raise SystemExit", "2"], {1: "skip-execution"}, {}),
     "stdin": (["1", "input('name? ')", "2"], {}, {}),
-    "empty cells": (["", "  ", "# Only words", "pass", "None", "3;"], {}, {}),
-    "shell and magics": (["!echo hello", "%%capture caught\nprint('hidden')", "caught.stdout", "%time 1"], {}, {}),
     "slip": (["1", "def f(:", "2"], {}, {}),
-    "warning": (["import warnings\nwarnings.warn('careful')"], {}, {}),
 }
 
 
@@ -107,7 +102,7 @@ def plain(outputs: list[Any]) -> Any:
         else:
             merged.append(dict(output))
     text = json.dumps(merged, sort_keys=True)
-    return re.sub(r"[0-9a-f]{32}|0x[0-9a-f]+|ipykernel_\d+/\d+|\d+(\.\d+)? [nµm]?s\b", "·", text.replace("\\u00b5", "µ"))
+    return re.sub(r"[0-9a-f]{32}|0x[0-9a-f]+|ipykernel_\d+/\d+", "·", text)
 
 
 def through(engine: str | None, made: Path, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -262,20 +257,22 @@ def test_widgets_leave_their_static_picture_and_their_state(after: str, tmp_path
 # ---- limits and deaths
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [({"timeout": 1.5}, "a cell took longer than its time limit of 1.5 s"), ({"limit": 5, "timeout": 60}, "the page took longer than its time limit of 5 s")],
-)
 @pytest.mark.parametrize("tag", ["none", "raises-exception"])
-def test_limits_interrupt_keep_outputs_and_say_so(options: dict[str, float], why: str, tag: str, tmp_path: Path) -> None:
+def test_the_limit_of_a_cell_interrupts_it_keeps_its_outputs_and_says_so(tag: str, tmp_path: Path) -> None:
     made = page(tmp_path, "1", SAY + "\nrecord('a', 1)\nimport time\nprint('begun')\ntime.sleep(100)", "3", tags={1: tag})
-    start = time.monotonic()
-    error, nb = stopped(made, **options)
-    assert error.why == why and time.monotonic() - start < 40
+    error, nb = stopped(made, timeout=1.5, limit=90)
+    assert error.why == "a cell took longer than its time limit of 1.5 s"
     assert statuses(tmp_path / "out.ipynb") == ["completed", "failed", "pending"]
     outputs = code(nb)[1].outputs
     assert outputs[1].text == "begun\n" and outputs[-1].ename == "KeyboardInterrupt"
     assert nb.metadata.adaptkit.stopped.kind == "time" and nb.metadata.adaptkit.stopped.records == {"a": 1.0}
+
+
+def test_the_limit_of_the_page_ends_the_cell_that_is_running(tmp_path: Path) -> None:
+    start = time.monotonic()
+    error, nb = stopped(page(tmp_path, "print('begun', flush=True)\nimport time\ntime.sleep(100)", "2"), timeout=60, limit=12)
+    assert error.why == "the page took longer than its time limit of 12 s" and time.monotonic() - start < 40
+    assert code(nb)[0].outputs[0].text == "begun\n" and statuses(tmp_path / "out.ipynb") == ["failed", "pending"]
 
 
 def test_cells_that_swallow_the_interrupt_are_given_up(tmp_path: Path) -> None:
@@ -350,7 +347,7 @@ def test_a_killed_runner_leaves_the_old_copy_and_a_whole_partial_one(tmp_path: P
     out.write_text("the old copy")
     made = page(tmp_path, "print('first')", "import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(100)", "3")
     with in_the_background(made, out, tmp_path) as runner:
-        assert until(lambda: partial.exists() and "pid" in partial.read_text()), "output of a running cell reaches the disk"
+        assert until(lambda: partial.exists() and re.search(r"pid \d", partial.read_text())), "output of a running cell reaches the disk"
         runner.send_signal(signal.SIGKILL)
         runner.wait()
     nb = read(partial)
@@ -428,10 +425,12 @@ def test_places_where_no_copy_can_lie(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def forbidden(tmp_path: Path) -> Iterator[Path]:
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     "An open folder with a folder in it where this process may not write; the page lies outside."
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
+    for name in ("HOME", "IPYTHONDIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(folder))
     (folder / "mine").mkdir(mode=0o555)
     root = os.geteuid() == 0
     run_page(page(folder, "1", name="warm.ipynb"), folder / "warm_out.ipynb", progress=False)  # everything is imported
