@@ -23,7 +23,7 @@ from .post_mortem import oom_kills, post_mortem, starved, why_dead, why_raised
 from .stages import Stage, stage_keys
 
 # %% auto #0
-__all__ = ['LEFT_OUT', 'STAGES', 'left_out', 'Request', 'Asking', 'Limited', 'Staged', 'Client']
+__all__ = ['LEFT_OUT', 'SHELF', 'left_out', 'Request', 'Asking', 'Limited', 'Staged', 'Client']
 
 # %% ../../nbs/8_notebooks/19_client.ipynb #f8e57ddd
 LEFT_OUT = re.compile(r"(?im)^(?:#\s*\|\s*eval\s*:\s*false\b|(?:nbdev\.)?nbdev_export\()")
@@ -116,8 +116,8 @@ class Limited(Asking):
         for index in self._display_id_map.get(display_id, {}):
             self.nb_man.changed(index)
 
-# %% ../../nbs/8_notebooks/19_client.ipynb #09412787
-STAGES = "__import__('adaptkit.notebooks.stages', fromlist=['store'])"
+# %% ../../nbs/8_notebooks/19_client.ipynb #f8707ff2
+SHELF = "__import__('adaptkit.notebooks.shelf', fromlist=['store'])"
 
 
 class Staged(Limited):
@@ -138,7 +138,7 @@ class Staged(Limited):
         old = self.request.old.get(self.plan[index][1]) if index in self.plan else None
         if place is None or old is None or not (place / "values.json").exists():
             return False
-        self.ask(f"{STAGES}.restore(globals(), {str(place)!r})")
+        self.ask(f"{SHELF}.restore(globals(), {str(place)!r})")
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
         cell.metadata["adaptkit"] = {**old.metadata.adaptkit, "restored": True}
         return True
@@ -150,7 +150,7 @@ class Staged(Limited):
             return
         stage, key = self.plan[index]
         try:
-            self.ask(f"{STAGES}.store(globals(), {str(place)!r}, stage={stage.name!r}, names={stage.results!r})")
+            self.ask(f"{SHELF}.store(globals(), {str(place)!r}, stage={stage.name!r}, names={stage.results!r})")
         except CellExecutionError as e:
             cell.outputs.append(
                 new_output("error", ename=e.ename, evalue=e.evalue, traceback=[f"{e.ename}: {e.evalue}"])
