@@ -16,7 +16,16 @@ from scipy import stats
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks import gates
-from adaptkit.notebooks.baselines import Baseline, Measured, baseline_path, interval, learn, read_baseline, resolution, write_baseline
+from adaptkit.notebooks.baselines import (
+    Baseline,
+    Measured,
+    baseline_path,
+    interval,
+    learn,
+    read_baseline,
+    resolution,
+    write_baseline,
+)
 from adaptkit.notebooks.gates import Verdict, judge
 from adaptkit.notebooks.records import Record
 

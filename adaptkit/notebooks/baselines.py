@@ -72,7 +72,7 @@ class Measured:
         best = {name: (max if self.higher_is_better else min)(values) for name, values in self.trivial.items()}
         return {n: v for n, v in best.items() if (v >= low if self.higher_is_better else v <= high)}
 
-# %% ../../nbs/8_notebooks/29_baselines.ipynb #9ea910a3
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #91862d12
 @dataclass(frozen=True)
 class Baseline:
     "What one page usually gets on one kind of hardware."
@@ -111,7 +111,7 @@ class Baseline:
         gates = sum(m.gated for m in self.records.values())
         return f"Baseline({self.page} on {self.hardware}, {self.profile}: {gates} gates from {len(self.seeds)} seeds)"
 
-
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #4191dfff
 def check_values(
     baseline: Baseline,  # about to be made
 ) -> None:
@@ -135,7 +135,7 @@ def refuse_useless(
                 "run more seeds, make the page learn more, or record a number that tells the two apart.",
             )
 
-# %% ../../nbs/8_notebooks/29_baselines.ipynb #c08f5167
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #fc481a49
 def versions() -> dict[str, str]:  # by package; those that aren't installed are left out
     "What the numbers were computed with."
     names = ("adaptkit", "torch", "numpy", "scikit-learn", "transformers")
@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:  # by package; those that aren't installed are
             found[name] = metadata.version(name)
     return found
 
-
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #be38a02f
 def together(
     found: Sequence[Record],  # one record, from each seed
     page: str,  # for the error
@@ -161,7 +161,7 @@ def together(
     trivial = {t: tuple(r.trivial[t] for r in found) for t in first.trivial}
     return Measured(tuple(r.value for r in found), first.unit, first.higher_is_better, trivial)
 
-
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #b28bfedf
 def learn(
     runs: Mapping[int, Mapping[str, Record]],  # by seed: what the page recorded
     **about: Any,  # page, hardware, profile, parameters, rate, seconds, peak_mib: the fields of Baseline
@@ -184,7 +184,7 @@ def learn(
     )
     return Baseline(seeds=tuple(runs), records=records, versions=versions(), date=today, **about)
 
-# %% ../../nbs/8_notebooks/29_baselines.ipynb #406720fd
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #df7009e7
 def baseline_path(
     folder: str | Path,  # e.g. tests/baselines
     hardware: str,  # e.g. "cpu"
@@ -216,7 +216,7 @@ def stored(
     check(fine, f"{path} holds no baselines: record the page again, or take the file back from version control.")
     return dict(found)
 
-# %% ../../nbs/8_notebooks/29_baselines.ipynb #79ee3cc6
+# %% ../../nbs/8_notebooks/29_baselines.ipynb #ea9cb042
 def rebuilt(
     entry: Mapping[str, Any],  # as write_baseline stored it
     **about: str,  # page, hardware, profile

@@ -46,7 +46,7 @@ class Verdict:
             f": {self.why}" if self.why else ""
         )
 
-# %% ../../nbs/8_notebooks/30_gates.ipynb #a2a68940
+# %% ../../nbs/8_notebooks/30_gates.ipynb #a1e428aa
 def objection(
     record: Record | None,  # what the page recorded under this name
     known: Measured,  # what it used to record
@@ -58,13 +58,11 @@ def objection(
         return "it is not recorded any more"
     if (record.unit, record.higher_is_better) != (known.unit, known.higher_is_better):
         return f"its unit or direction has changed: it was {known.unit or 'without unit'}, {'higher' if known.higher_is_better else 'lower'} is better"
-    today = Measured(
-        (record.value,), record.unit, record.higher_is_better, {n: (v,) for n, v in record.trivial.items()}
-    )
-    for model, got in today.useless(record.value, record.value).items():
-        return f"no better than {model}, which gets {got:.6g}"
     if low <= record.value <= high:
-        return ""
+        alone = {name: (got,) for name, got in record.trivial.items()}
+        today = Measured((record.value,), record.unit, record.higher_is_better, alone)
+        as_good = [f"{name}, which gets {got:.6g}" for name, got in today.useless(record.value, record.value).items()]
+        return f"no better than {' and '.join(as_good)}" if as_good else ""
     allowed = f"exactly {low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
     if (record.value > high) == record.higher_is_better:
         return f"better than {allowed}, too good for chance: do test data appear in the training data? If the change is meant, record again"
