@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from ..core.files import read_json, write_json
-from ..core.registry import AdaptkitError, check, unknown
+from ..core.registry import check, unknown
 from .parameters import read_page
 from .records import Record, records
 from .tree import pages
