@@ -293,13 +293,17 @@ def test_values_that_fit(line: str, given: Any, wanted: Any, tmp_path: Path) -> 
         ("x: dict[str, int] = {}", {1: 1}, "wants a dictionary"),
         ("x: list[float] = []", {1.0}, "wants a list"),
         ("x = None", object, "wants anything"),
-        ("x: int = 2", 10**5000, "too long a number \\(int\\); .* wants a whole number"),
         ("x: list[int] | None = None", [*range(1000), "a"], "…, with 'a' at \\[1000\\]; .* or None"),
     ],
 )
 def test_values_that_do_not_fit(line: str, given: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(AdaptkitError, match="^Parameter 'x' is .*?" + words):
         checked(page(tmp_path, line), {"x": given})
+
+
+def test_a_number_too_long_to_print_is_refused(typed: Path) -> None:
+    with pytest.raises(AdaptkitError, match="'epochs' is too long a number .*wants a whole number, such as 2"):
+        checked(typed, {"epochs": 10**5000})
 
 
 def test_unknown_names_get_the_nearest(typed: Path) -> None:
@@ -453,7 +457,7 @@ def arrive(made: Path, values: dict[str, Any], names: dict[str, Any]) -> dict[st
     return arrived
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(declarations())
 def test_values_arrive_equal_and_of_the_same_type(tmp_path_factory: pytest.TempPathFactory, declaration: list[tuple[str, str, str]]) -> None:
     names = space()
@@ -473,7 +477,7 @@ plain_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plain_values, st.lists(plain_values, max_size=3), st.dictionaries(texts, plain_values, max_size=3))
 def test_undeclared_kinds_arrive_as_a_file_holds_them(tmp_path_factory: pytest.TempPathFactory, x: Any, y: list[Any], z: dict[str, Any]) -> None:
     made = page(tmp_path_factory.getbasetemp(), "x = None\ny = [1]\nz = {'a': 1}\nw = (1, 'a')\nv = Path('a')\nu = Mode.FAST")
@@ -757,7 +761,7 @@ def test_help_can_be_copied_into_a_shell(wide: Path) -> None:
     assert [word[1] for word in words] == [*declared(wide)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(declarations())
 def test_what_is_shown_can_be_typed(tmp_path_factory: pytest.TempPathFactory, declaration: list[tuple[str, str, str]]) -> None:
     lines = "\n".join(f"p{i}: {annotation} = {default}" for i, (annotation, default, _) in enumerate(declaration))

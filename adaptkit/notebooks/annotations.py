@@ -121,7 +121,7 @@ def stand_in(
     except (ValueError, TypeError) as e:
         raise AdaptkitError(f"The members of {node.name} have to be plain values to be a choice: {e}.") from e
 
-# %% ../../nbs/8_notebooks/05_annotations.ipynb #5aebd327
+# %% ../../nbs/8_notebooks/05_annotations.ipynb #4a583219
 def enumeration(
     node: ast.expr,  # a name, or a name with dots
     names: Names,  # what it may mean
@@ -132,14 +132,16 @@ def enumeration(
         bases = [names.origin(base) for base in origin.bases]
         base = next((ENUMS[b] for b in bases if isinstance(b, str) and b in ENUMS), None)
         mixed = next((MIXED[b] for b in bases if isinstance(b, str) and b in MIXED), None)
-        return base and stand_in(ast.unparse(origin), base, mixed=mixed)
+        made = base and stand_in(ast.unparse(origin), base, mixed=mixed)
+        return made if made is not None and len(made) > 0 else None
     module, _, name = origin.rpartition(".")
     imported = module and ast.unparse(node).split(".")[0] in names.known
     try:
         found = getattr(importlib.import_module(module), name, None) if imported else None
     except Exception as e:
         raise AdaptkitError(f"The parameters need {origin}, which cannot be imported here: {e}.") from e
-    return found if isinstance(found, type) and issubclass(found, Enum) and not issubclass(found, Flag) else None
+    good = isinstance(found, type) and issubclass(found, Enum) and not issubclass(found, Flag) and len(found) > 0
+    return cast(type[Enum], found) if good else None
 
 # %% ../../nbs/8_notebooks/05_annotations.ipynb #0873563f
 TYPES: Mapping[str, Any] = {
