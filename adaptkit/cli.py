@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .core.registry import AdaptkitError
+from .notebooks.commands import check, params, record, sweep
 
 if TYPE_CHECKING:
     from adaptkit.data.datasets import Data
@@ -108,13 +109,16 @@ def adapted(
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The executed notebook; by default runs/<page>/<page>.ipynb."
 )
-def run(page: Path, parameter: tuple[tuple[str, str], ...], out: Path | None) -> None:
-    "Execute PAGE, a notebook, with your parameters."
+@click.option(
+    "--resume", is_flag=True, help="Go on at the first unfinished stage of an earlier run of the same output."
+)
+def run(page: Path, parameter: tuple[tuple[str, str], ...], out: Path | None, resume: bool) -> None:
+    "Execute PAGE, a notebook, with your parameters; what it can be given is shown by  adaptkit params PAGE"
     from adaptkit.notebooks.parameters import from_text
     from adaptkit.notebooks.runner import run_page
 
     target = out or Path("runs") / page.stem / page.name
-    recorded = run_page(page, target, from_text(page, parameter) if parameter else {})
+    recorded = run_page(page, target, from_text(page, parameter) if parameter else {}, resume=resume)
     for line in summary(target) or [str(r) for r in recorded.values()]:
         print(line)
     print(f"notebook  {target}")
@@ -129,6 +133,10 @@ def summary(
     cells = [c for c in nbformat.read(executed, as_version=4).cells if "summary" in c.metadata.get("tags", [])]
     streams = [o.text for c in cells for o in c.get("outputs", []) if o.output_type == "stream" and o.name == "stdout"]
     return "".join(streams).splitlines()
+
+# %% ../nbs/0_core/80_commands.ipynb #d41964eb
+for command in (params, check, record, sweep):
+    app.add_command(command)
 
 # %% ../nbs/0_core/80_commands.ipynb #0da80c01
 @app.command()

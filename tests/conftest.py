@@ -1,32 +1,19 @@
-"""Every page is executed once for all tests that look at executed pages: in two processes, each page in its one-minute form."""
+"""Every page is executed and judged once for all tests that look at executed pages: two at a time, each in its one-minute form."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from adaptkit.notebooks.site import one_thread, run_one
-from adaptkit.notebooks.tree import pages
+from adaptkit.notebooks.check import Suite
+from adaptkit.notebooks.meter import hardware
+from adaptkit.notebooks.plugin import Runs
 
 ROOT = Path(__file__).parents[1]
-Answers = dict[str, Future[tuple[float, str]]]
-
-
-@contextmanager
-def running(nbs: Path, out: Path) -> Iterator[Answers]:
-    "Execute the pages of a folder side by side; what hasn't begun when the block ends is dropped."
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=one_thread)
-    try:
-        yield {p.as_posix(): pool.submit(run_one, str(nbs / p), str(out / p)) for p in pages(nbs)}
-    finally:
-        pool.shutdown(cancel_futures=True)
+BASELINES = ROOT / "tests/baselines"
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +28,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def answers(work: Path) -> Iterator[Answers]:
-    "By page, in the order of the course: seconds and what went wrong, as soon as they are there."
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-    with running(work / "nbs", work / "runs/docs") as found:
-        yield found
+def executed(work: Path) -> Iterator[Runs]:
+    "The smoke profile of all pages: what came of each, as soon as it is there."
+    suite = Suite(work / "nbs", baselines=BASELINES, out=work / "runs/check", root=work, hardware=hardware())
+    runs = Runs(suite, every=True)
+    yield runs
+    runs.close()

@@ -71,7 +71,7 @@ def test_what_was_named_is_never_replaced(tmp_path: Path) -> None:
 
 def test_the_default_run_downloads_nothing() -> None:
     values = declared(PAGE)
-    assert values["download"] is False and values["weights"] == "" and values["data"] == "auto"
+    assert [values[name].default for name in ("download", "weights", "data")] == [False, "", "auto"]
 
 
 def solved(page: Path) -> Path:
