@@ -158,7 +158,7 @@ class Staged(Limited):
             raise
         cell.metadata["adaptkit"]["stage"] = {"name": stage.name, "key": key}
 
-# %% ../../nbs/8_notebooks/19_client.ipynb #924ac482
+# %% ../../nbs/8_notebooks/19_client.ipynb #0725eb3d
 class Client(Staged):
     "Runs the cells of a page."
 
@@ -193,6 +193,8 @@ class Client(Staged):
             return False
         finally:
             self.nb_man.cell_complete(cell, cell_index=index)
+            if self.place(index):
+                self.nb_man.save(must=True)  # a kept stage is worth nothing without its outputs
         return True
 
     def work(self, cell: Any, index: int) -> None:
