@@ -25,7 +25,7 @@ from adaptkit.training.runs import surroundings
 RESULTS = Path(__file__).parent / "results" / "runner_overhead.json"
 PICTURE = "from IPython.display import display\nimport os, base64\ndisplay({'image/png': base64.b64encode(os.urandom(60_000)).decode(), 'text/plain': 'picture'}, raw=True)"
 PAGES = {
-    "small": ["x = {}\nx + 1".format(i) for i in range(40)],
+    "small": [f"x = {i}\nx + 1" for i in range(40)],
     "pictures": [PICTURE] * 40,
     "working": ["import time\nend = time.perf_counter() + 1\nwhile time.perf_counter() < end: sum(range(10**5))\nprint('.', flush=True)"] * 5,
 }
