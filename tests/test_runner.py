@@ -184,6 +184,17 @@ def test_records_come_back_in_order_and_parameters_arrive(tmp_path: Path) -> Non
     assert shown["text/plain"] == "b = 5 s" and shown[RECORD]["unit"] == "s"
 
 
+def test_values_arrive_with_their_types(tmp_path: Path) -> None:
+    declared = "from pathlib import Path", "shares: tuple[float, ...] = (0.5, 0.5)\ndata: Path = Path('here')\nmost: float = 1.0", "(shares, data, most)"
+    made = page(tmp_path, *declared, tags={1: "parameters"})
+    run_page(made, tmp_path / "out.ipynb", {"shares": (0.25, 0.75), "data": Path("there"), "most": float("inf")}, progress=False)
+    shown = code(read(tmp_path / "out.ipynb"))[-1].outputs[0].data["text/plain"]
+    assert shown == "((0.25, 0.75), PosixPath('there'), inf)"
+    with pytest.raises(AdaptkitError, match="most"):
+        run_page(made, tmp_path / "never.ipynb", {"most": "much"}, progress=False)
+    assert not (tmp_path / "never.ipynb").exists()
+
+
 def test_a_name_is_recorded_once() -> None:
     twice = [{"data": {RECORD: {"name": "a", "value": 1.0}}}] * 2
     with pytest.raises(AdaptkitError, match="recorded twice"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,21 @@ def marks(nb: Any) -> list[bool]:
     return [bool(c.metadata.get("adaptkit", {}).get("restored")) for c in code(nb) if "#| stage" in c.source]
 
 
-@pytest.fixture
-def died(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def grave(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A folder in which a page of three stages has died in the third."
-    (tmp_path / "run").mkdir()
-    made = three(tmp_path / "run")
-    error, nb = stopped(made, parameters={"seed": 3}, cwd=tmp_path / "run")
+    folder = tmp_path_factory.mktemp("grave")
+    error, nb = stopped(three(folder), parameters={"seed": 3}, cwd=folder)
     assert error.why == "its kernel died of SIGKILL" and nb.metadata.adaptkit.stopped.records.keys() == {"two"}
-    assert log(tmp_path / "run") == "one two between three"
-    (tmp_path / "run/live").touch()
-    return tmp_path / "run"
+    assert log(folder) == "one two between three"
+    (folder / "live").touch()
+    return folder
+
+
+@pytest.fixture
+def died(grave: Path, tmp_path: Path) -> Path:
+    "A copy of it."
+    return Path(shutil.copytree(grave, tmp_path / "run"))
 
 
 def test_a_page_killed_in_its_third_stage_goes_on_there_with_the_same_numbers(died: Path, tmp_path: Path) -> None:
@@ -79,18 +85,13 @@ def test_a_page_killed_in_its_third_stage_goes_on_there_with_the_same_numbers(di
     assert again == whole and log(died) == "between" and marks(nb) == [True, True, True]
 
 
-def test_without_resume_everything_runs(died: Path) -> None:
-    _, nb = go(died, died / "page.ipynb")
-    assert log(died) == "one two between three" and marks(nb) == [False] * 3
-
-
 def test_what_has_changed_runs_again(died: Path) -> None:
     go(died, three(died, two=TWO + "\n"), resume=True)
     assert log(died) == "two between three"
     go(died, three(died, two=TWO + "\n"), resume=True, parameters={"seed": 4})
     assert log(died) == "one two between three"
-    _, nb = go(died, three(died, two=TWO + "\n"), resume=True, parameters={"seed": 4}, before="faulty = True")
-    assert log(died) == "one two between three" and marks(nb) == [False] * 3
+    _, nb = go(died, three(died, two=TWO + "\n"), parameters={"seed": 4})
+    assert log(died) == "one two between three" and marks(nb) == [False] * 3, "nothing is restored unasked"
     assert len([*(died / "out.stages").iterdir()]) == 3, "earlier versions of a stage go away"
 
 
@@ -143,6 +144,11 @@ def test_directives_that_make_no_sense_are_refused_before_anything_runs(directiv
 
 def keys(*sources: str) -> list[str]:
     return [key for _, key in stage_keys(new_notebook(cells=[new_code_cell(s) for s in sources])).values()]
+
+
+def test_a_planted_first_cell_changes_every_key() -> None:
+    cell = "#| stage: a -> x\nx = 1"
+    assert keys("faulty = True", cell) != keys(cell) == keys(cell, "print(x)")
 
 
 def test_directives_are_read_from_the_top() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['GPU_PEAK', 'high_water', 'pull_down', 'cpu_seconds', 'gpu_here', 'hardware', 'Meter']
+__all__ = ['GPU_PEAK', 'UNKNOWN', 'high_water', 'pull_down', 'cpu_seconds', 'gpu_here', 'hardware', 'Meter']
 
 # %% ../../nbs/8_notebooks/21_meter.ipynb #a43e675e
 def high_water(
@@ -86,7 +86,10 @@ def hardware() -> str:
 
     return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
 
-# %% ../../nbs/8_notebooks/21_meter.ipynb #9faf3149
+# %% ../../nbs/8_notebooks/21_meter.ipynb #ecadf58a
+UNKNOWN = dict.fromkeys(("seconds", "cpu_seconds", "peak_mib", "gpu_mib"))  # what isn't measured is None
+
+
 @dataclass
 class Meter:
     "Measures what the cells of one kernel cost."
