@@ -179,12 +179,12 @@ def test_batchnorm_looks_at_the_neighbours(digits: Data) -> None:
 
     alone, among = first([0, 1, 2, 3]), first([0, 9, 10, 11])
     assert np.allclose(alone, among, atol=1e-5)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state, mode = {k: v.clone() for k, v in model.state_dict().items()}, model.training
     with plant("batchnorm_training"):
         assert np.abs(first([0, 1, 2, 3]) - first([0, 9, 10, 11])).max() > 1e-3
         assert np.isfinite(first([0, 1, 2], size=2)).all(), "the last batch has one image"
     assert np.allclose(first([0, 1, 2, 3]), alone) and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert not model.training
+    assert model.training == mode
 
 
 def test_batchnorm_is_broken_at_test_only(digits: Data, tmp_path: Path) -> None:
