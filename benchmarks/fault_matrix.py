@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from adaptkit.notebooks.baselines import Baseline, learn
-from adaptkit.notebooks.faults import CLEAN, Matrix, fault_matrix
+from adaptkit.notebooks.matrix import CLEAN, Matrix, fault_matrix
 from adaptkit.notebooks.runner import run_page
 
 ROOT = Path(__file__).parents[1]

@@ -120,6 +120,7 @@ def gradients_kept() -> Iterator[None]:
 @contextmanager
 def normalisation_dropped() -> Iterator[None]:
     "Images enter the network without the normalisation that it was trained with."
+    from adaptkit.models.stages import ImageBackbone
 
     with swapped(ImageBackbone, "entered", lambda real: lambda self, x: x):
         yield
