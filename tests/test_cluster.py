@@ -102,7 +102,7 @@ def cluster(port: int) -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(head_node_args={"num_cpus": 1, "memory": 2**30, "ray_client_server_port": port, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "memory": 2**30, "ray_client_server_port": port, "include_dashboard": False})
     try:
         yield made
     finally:
