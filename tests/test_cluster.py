@@ -95,10 +95,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def node() -> dict[str, Any]:
-    "A node of one CPU; with ports of its own it need not wait, on a busy machine for too long, until its helpers have chosen some."
-    ports = {name: free_port() for name in ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")}
-    return {"num_cpus": 1, "memory": 2**30, "include_dashboard": False, **ports}
+NODE = {"num_cpus": 1, "memory": 2**30, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,7 @@ def cluster(port: int) -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={**node(), "ray_client_server_port": port})
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
     try:
         yield made
     finally:
@@ -133,7 +130,7 @@ def connection(cluster: Any) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_a_node_is_killed_and_every_result_is_there_once(cluster: Any, connection: Any, tmp_path: Path) -> None:
-    second = cluster.add_node(**node())
+    second = cluster.add_node(**NODE)
     page = working(tmp_path, seconds=3)
     jobs = jobs_for(page, 5)
     running = run_jobs(jobs, on="ray")
