@@ -96,7 +96,7 @@ def combinations(
     check(len(named) == len(found), "The grid holds the same value twice: each combination is run once.")
     return named
 
-# %% ../../nbs/8_notebooks/26_sweep.ipynb #63485df9
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #c6b819b1
 @dataclass(frozen=True)
 class Row:
     "One combination of a sweep."
@@ -125,7 +125,7 @@ def inputs(
     package = Path(importlib.import_module("adaptkit").__path__[0])
     return digest(Path(page).read_bytes(), *(p.read_bytes() for p in sorted(package.rglob("*.py"))))
 
-
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #a3f9bf66
 def stored(
     folder: Path,  # of a sweep
     page: Path,  # whose sweep it should be
@@ -146,7 +146,7 @@ def stored(
     check(other == page.name, f"{folder} holds a sweep of {other}: choose another folder for {page.name}.")
     return {row.notebook: row for row in rows}
 
-# %% ../../nbs/8_notebooks/26_sweep.ipynb #b121c8c3
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #14508a7c
 def tried(
     rows: Iterable[Row],
 ) -> dict[str, list[Any]]:  # values by parameter, each once
@@ -171,7 +171,7 @@ def shares(
         found.append(f"<td><b>{text}</b></td>" if bold else f"<td>{text}</td>")
     return found
 
-# %% ../../nbs/8_notebooks/26_sweep.ipynb #9930cc79
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #2afcb200
 @dataclass(frozen=True)
 class Sweep:
     "A page run for every combination of a grid."
@@ -216,7 +216,7 @@ class Sweep:
         failed = sum(bool(row.error) for row in self.rows)
         return f"Sweep({self.page.name}: {len(self.rows)} combinations, {failed} failed)"
 
-# %% ../../nbs/8_notebooks/26_sweep.ipynb #93cd41e1
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #54af040c
 def rowed(
     values: Mapping[str, Any],  # of the grid
     key: str,  # fingerprint
@@ -250,7 +250,7 @@ def publish(
     with replacing(found.folder / "sweep.png") as part:
         part.write_bytes(found.figure()._repr_png_())
 
-# %% ../../nbs/8_notebooks/26_sweep.ipynb #b1a545a8
+# %% ../../nbs/8_notebooks/26_sweep.ipynb #2f8cfbe4
 def sweep(
     page: str | Path,  # a notebook file with a parameters cell
     folder: str | Path,  # of executed copies, table and picture; made if missing
