@@ -49,7 +49,7 @@ def along(
     "Which parameter goes along the axis: not a seed, rather numbers, rather many values."
     return max(grid, key=lambda name: (len(grid[name]) > 1 and not is_seed(name), numeric(grid[name]), len(grid[name])))
 
-# %% ../../nbs/8_notebooks/27_curves.ipynb #b5552ac5
+# %% ../../nbs/8_notebooks/27_curves.ipynb #2045d57e
 def groups(
     rows: Sequence[Row],
     x: str,  # the parameter along the axis
@@ -79,7 +79,7 @@ def line(
     means = [float(v.mean()) for v in values]
     ax.errorbar(places, means, spread, color=color, label=label, capsize=3, lw=1.5, marker="o", ms=5, mfc="white")
 
-
+# %% ../../nbs/8_notebooks/27_curves.ipynb #ef087239
 def panel(
     ax: Any,  # axes of matplotlib
     rows: Sequence[Row],
@@ -108,7 +108,7 @@ def panel(
     better = f"{'higher' if known[0].higher_is_better else 'lower'} is better" if known else "no run got here"
     ax.set(title=f"{name}{f' ({known[0].unit})' if known and known[0].unit else ''}: {better}", xlabel=x)
 
-# %% ../../nbs/8_notebooks/27_curves.ipynb #82974c1d
+# %% ../../nbs/8_notebooks/27_curves.ipynb #755eda78
 def draw(
     rows: Sequence[Row],
     names: Sequence[str],  # of records
