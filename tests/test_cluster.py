@@ -88,12 +88,20 @@ def test_within() -> None:
     assert not within([Need(memory_mib=600)] * 2, Budget(cores=9, memory_mib=1000, gpus=0))
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    "A free one."
+def free_port() -> int:
+    "A port that nobody listens on."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+NODE = {"num_cpus": 1, "memory": 2**30, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    "Of the cluster's client server."
+    return free_port()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,7 @@ def cluster(port: int) -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(head_node_args={"num_cpus": 1, "memory": 2**30, "ray_client_server_port": port, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "ray_client_server_port": port})
     try:
         yield made
     finally:
@@ -122,7 +130,7 @@ def connection(cluster: Any) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_a_node_is_killed_and_every_result_is_there_once(cluster: Any, connection: Any, tmp_path: Path) -> None:
-    second = cluster.add_node(num_cpus=1, memory=2**30, include_dashboard=False)
+    second = cluster.add_node(**NODE)
     page = working(tmp_path, seconds=3)
     jobs = jobs_for(page, 5)
     running = run_jobs(jobs, on="ray")

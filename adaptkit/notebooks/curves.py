@@ -15,7 +15,7 @@ from .sweep import Row, tried
 # %% auto #0
 __all__ = ['is_seed', 'numeric', 'logarithmic', 'along', 'groups', 'line', 'panel', 'draw']
 
-# %% ../../nbs/8_notebooks/27_curves.ipynb #a7504c83
+# %% ../../nbs/8_notebooks/27_curves.ipynb #7343d0f1
 def is_seed(
     name: str,  # of a parameter
 ) -> bool:
@@ -42,14 +42,14 @@ def logarithmic(
     uneven = [np.std(gaps) / np.mean(gaps) for gaps in (np.diff(np.log(v)), np.diff(v))]
     return bool(uneven[0] < uneven[1])
 
-
+# %% ../../nbs/8_notebooks/27_curves.ipynb #463332e6
 def along(
     grid: Mapping[str, Sequence[Any]],
 ) -> str:  # a parameter
     "Which parameter goes along the axis: not a seed, rather numbers, rather many values."
     return max(grid, key=lambda name: (len(grid[name]) > 1 and not is_seed(name), numeric(grid[name]), len(grid[name])))
 
-# %% ../../nbs/8_notebooks/27_curves.ipynb #21e4f516
+# %% ../../nbs/8_notebooks/27_curves.ipynb #2045d57e
 def groups(
     rows: Sequence[Row],
     x: str,  # the parameter along the axis
@@ -79,7 +79,7 @@ def line(
     means = [float(v.mean()) for v in values]
     ax.errorbar(places, means, spread, color=color, label=label, capsize=3, lw=1.5, marker="o", ms=5, mfc="white")
 
-
+# %% ../../nbs/8_notebooks/27_curves.ipynb #ef087239
 def panel(
     ax: Any,  # axes of matplotlib
     rows: Sequence[Row],
@@ -108,7 +108,7 @@ def panel(
     better = f"{'higher' if known[0].higher_is_better else 'lower'} is better" if known else "no run got here"
     ax.set(title=f"{name}{f' ({known[0].unit})' if known and known[0].unit else ''}: {better}", xlabel=x)
 
-# %% ../../nbs/8_notebooks/27_curves.ipynb #a7a23363
+# %% ../../nbs/8_notebooks/27_curves.ipynb #755eda78
 def draw(
     rows: Sequence[Row],
     names: Sequence[str],  # of records
