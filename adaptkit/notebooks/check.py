@@ -144,7 +144,7 @@ def rows(
         for outcome in coming:
             yield row(suite, jobs[Path(outcome.job.out)], outcome)
 
-
+# %% ../../nbs/8_notebooks/36b_check.ipynb #e1ebdd36
 def check_pages(
     suite: Suite,  # what to check
     *,
