@@ -275,3 +275,35 @@ def test_what_a_matrix_says() -> None:
     assert Matrix("p", "cpu", 5, {CLEAN: (verdict("a", True),), "f": (verdict("a", False),)}).complete
     assert not Matrix("p", "cpu", 5, {CLEAN: (verdict("a", False),), "f": (verdict("a", False),)}).complete
     assert not Matrix("p", "cpu", 5, {CLEAN: (), "f": (verdict("a", False),)}, {CLEAN: "broke down"}).complete
+
+
+def test_the_stored_matrix_is_complete_and_current() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/fault_matrix.json").read_text())
+    matrix = Matrix.from_json(stored["matrix"])
+    assert set(matrix.runs) == {CLEAN, *FAULTS} and matrix.complete and matrix.seeds >= 5
+    source = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / TARGET).read_text())["cells"])
+    assert all(f'record("{gate}"' in source for gate in matrix.gates)
+
+
+def stored_baseline() -> Baseline:
+    "The baseline that the benchmark has recorded."
+    told = json.loads((ROOT / "benchmarks/results/fault_matrix.json").read_text())["baseline"]
+    lists = {k: tuple(told[k]) for k in ("seeds", "seconds", "peak_mib")}
+    measured = {n: Measured(**{**m, "values": tuple(m["values"]), "trivial": {t: tuple(v) for t, v in m["trivial"].items()}}) for n, m in told["records"].items()}
+    return Baseline(**{**told, **lists, "records": measured})
+
+
+@pytest.mark.slow
+def test_every_fault_turns_the_target_red() -> None:
+    matrix = fault_matrix(ROOT / "nbs" / TARGET, stored_baseline(), parameters={"seed": 100})
+    assert matrix.complete, (matrix.missed, matrix.caught(CLEAN), matrix.stopped)
+    caught_by: Callable[[str], list[str]] = matrix.caught
+    assert "test_images_in_train" in caught_by("test_leaked") and "head_moved" in caught_by("head_frozen")
+
+
+@pytest.mark.slow
+def test_a_baseline_of_the_target_can_be_learnt_here(tmp_path: Path) -> None:
+    runs = {s: run_page(ROOT / "nbs" / TARGET, tmp_path / f"{s}.ipynb", {"seed": s}, progress=False) for s in range(3)}
+    learnt = learn(runs, page=TARGET)
+    assert learnt.limits().keys() == stored_baseline().limits().keys()
+    assert isinstance(load_data("digits").test, Samples)
