@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -15,70 +13,44 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from ..core.files import digest, read_json, replacing, write_json
+from ..core.files import read_json, replacing, write_json
 from ..core.registry import AdaptkitError, check
+from .changes import fingerprint
+from .jobs import Job, Outcome, run_jobs
 from .links import broken, outside
 from .numbers import check_numbers, link_numbers
 from .preparing import document_all, link_pages, prepare
-from .runner import PageError, run_page
 from .tree import pages, readme, replace_text, write_sidebar
 
 # %% auto #0
-__all__ = ['KATEX', 'CDN', 'FONTS', 'run_one', 'one_thread', 'run_pages', 'execute_all', 'katex', 'settle', 'render', 'complain',
-           'build', 'main']
+__all__ = ['KATEX', 'CDN', 'FONTS', 'run_pages', 'execute_all', 'katex', 'settle', 'render', 'complain', 'build', 'main']
 
 # %% ../../nbs/8_notebooks/40_site.ipynb #5a85d0ed
-def run_one(
-    page: str,  # a notebook file
-    out: str,  # its executed copy
-) -> tuple[float, str]:  # seconds, and what went wrong, if anything
-    "Execute one page as its reader would: in its own folder."
-    began, wrong = time.monotonic(), ""
-    try:
-        run_page(page, out, cwd=Path(page).parent, timeout=600, progress=False)
-    except (PageError, AdaptkitError) as e:
-        wrong = str(e)
-    return time.monotonic() - began, wrong
-
-
-def one_thread() -> None:
-    "Kernels started from this process compute with one thread."
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 def run_pages(
     nbs: Path,  # the folder of the notebooks
     out: Path,  # where the executed copies go, in the same tree
     *,
     names: Iterable[str],  # which pages, relative to `nbs`
-    workers: int = 2,  # processes
-) -> dict[str, tuple[float, str]]:  # by page: seconds, and what went wrong
-    "Execute pages side by side, and say of each when it is done."
-    jobs = {name: (str((nbs / name).resolve()), str((out / name).resolve())) for name in names}
-    found: dict[str, tuple[float, str]] = {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread) as pool:
-        waiting = {pool.submit(run_one, *job): name for name, job in jobs.items()}
-        for job in as_completed(waiting):
-            seconds, wrong = found[waiting[job]] = job.result()
-            print(f"{seconds:7.1f} s  {waiting[job]}  {wrong}".rstrip(), flush=True)
+) -> dict[str, Outcome]:  # by page
+    "Execute pages side by side, each as its reader would: in its own folder. Say of each when it is done."
+    places = {(out / name).resolve(): (nbs / name).resolve() for name in names}
+    found: dict[str, Outcome] = {}
+    for o in run_jobs(Job(page, copy, cwd=page.parent, timeout=600) for copy, page in places.items()):
+        name = Path(o.job.page).relative_to(nbs.resolve()).as_posix()
+        found[name] = o
+        print(f"{o.seconds:7.1f} s  {name}  {o.error}".rstrip(), flush=True)
     return found
 
 # %% ../../nbs/8_notebooks/40_site.ipynb #582cce6e
 def execute_all(
     nbs: Path,  # the folder of the notebooks
     out: Path,  # where the executed copies go
-    *,
-    workers: int = 2,  # processes
 ) -> None:
     "Execute every page that has changed since its copy was made; other files are copied."
-    package = [p.read_bytes() for p in sorted(Path(importlib.import_module("adaptkit").__path__[0]).rglob("*.py"))]
-    keys = {p.as_posix(): digest((nbs / p).read_bytes(), *package) for p in pages(nbs)}
+    keys = {p.as_posix(): fingerprint(nbs / p) for p in pages(nbs)}
     known = read_json(out.with_suffix(".json")) if (out.with_suffix(".json")).exists() else {}
     done = {p: k for p, k in keys.items() if known.get(p) == k and (out / p).exists()}
     for path in (p for p in pages(out) if p.as_posix() not in done):
@@ -88,9 +60,9 @@ def execute_all(
     ):
         (out / path.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, out / path.relative_to(nbs))
-    found = run_pages(nbs, out, names=[p for p in keys if p not in done], workers=workers)
-    write_json(out.with_suffix(".json"), {p: keys[p] for p in keys if not found.get(p, (0, ""))[1]})
-    check(not any(wrong for _, wrong in found.values()), "A page has failed: the site shows only pages that run.")
+    found = run_pages(nbs, out, names=[p for p in keys if p not in done])
+    write_json(out.with_suffix(".json"), {p: keys[p] for p in keys if p in done or not found[p].error})
+    check(not any(o.error for o in found.values()), "A page has failed: the site shows only pages that run.")
 
 # %% ../../nbs/8_notebooks/40_site.ipynb #7722ed88
 KATEX = "0.16.11"
@@ -176,7 +148,7 @@ def complain(
 def build(
     *,
     source: Path | None = None,  # a folder of pages to show as they are; None executes those of the project
-    workers: int = 2,  # processes that execute pages
+    workers: int = 2,  # processes that document pages
 ) -> Path:  # the folder of the finished site
     "Build the site of the project in the current folder."
     from nbdev.config import get_config
@@ -189,7 +161,7 @@ def build(
     base = f"{config.doc_host}{config.doc_baseurl}".rstrip("/")
     if source is None:
         source = Path("runs/docs")
-        execute_all(nbs, source, workers=workers)
+        execute_all(nbs, source)
     if source.resolve() != nbs.resolve():  # as it is stored, a page has recorded nothing
         check_numbers(source)
     ready = prepare(source, Path("runs/site"))
