@@ -23,7 +23,7 @@ from .jobs import Job, Outcome, run_jobs
 from .links import broken, outside
 from .numbers import check_numbers, link_numbers
 from .preparing import document_all, link_pages, prepare
-from .tree import pages, readme, replace_text, write_sidebar
+from .tree import cells, pages, readme, replace_text, write_sidebar
 
 # %% auto #0
 __all__ = ['KATEX', 'CDN', 'FONTS', 'run_pages', 'execute_all', 'katex', 'settle', 'render', 'complain', 'build', 'main']
@@ -49,17 +49,17 @@ def execute_all(
     nbs: Path,  # the folder of the notebooks
     out: Path,  # where the executed copies go
 ) -> None:
-    "Execute every page that has changed since its copy was made; other files are copied."
-    keys = {p.as_posix(): fingerprint(nbs / p) for p in pages(nbs)}
+    "Execute every page that has changed since its copy was made; pages without code and other files are copied."
+    silent = {p for p in pages(nbs) if not any(c["cell_type"] == "code" for c in cells(nbs / p))}
+    keys = {p.as_posix(): fingerprint(nbs / p) for p in pages(nbs) if p not in silent}
     known = read_json(out.with_suffix(".json")) if (out.with_suffix(".json")).exists() else {}
     done = {p: k for p, k in keys.items() if known.get(p) == k and (out / p).exists()}
     for path in (p for p in pages(out) if p.as_posix() not in done):
         (out / path).unlink()
-    for path in (
-        p for p in nbs.rglob("*") if p.is_file() and p.suffix != ".ipynb" and "runs" not in p.relative_to(nbs).parts
-    ):
-        (out / path.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, out / path.relative_to(nbs))
+    files = (p.relative_to(nbs) for p in nbs.rglob("*") if p.is_file() and p.suffix != ".ipynb")
+    for path in (*silent, *(p for p in files if "runs" not in p.parts)):
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(nbs / path, out / path)
     found = run_pages(nbs, out, names=[p for p in keys if p not in done])
     write_json(out.with_suffix(".json"), {p: keys[p] for p in keys if p in done or not found[p].error})
     check(not any(o.error for o in found.values()), "A page has failed: the site shows only pages that run.")
