@@ -223,7 +223,7 @@ def planting(
     known = f"import {home}\n" if home not in ("__main__", __name__) else ""
     return f"{known}from adaptkit.notebooks import faults as planted_faults\n\nplanted_faults.hold({name!r})\n"
 
-# %% ../../nbs/8_notebooks/32_faults.ipynb #b7468b7f
+# %% ../../nbs/8_notebooks/32_faults.ipynb #624a2b97
 def footprint(
     prefixes: tuple[str, ...],  # top-level packages
 ) -> dict[tuple[str, str], object]:  # by module and attribute
@@ -242,10 +242,12 @@ def differences(
     one: Mapping[tuple[str, str], object],  # a footprint
     other: Mapping[tuple[str, str], object],  # a later one
 ) -> list[str]:  # dotted names
-    "What is no longer the same object."
-    return sorted(".".join(key) for key, item in one.items() if other.get(key) is not item)
+    "What is no longer the same object, and what classes have gained."
+    changed = [key for key, item in one.items() if other.get(key) is not item]
+    gained = [key for key in other.keys() - one.keys() if (key[0], key[1].rpartition(".")[0]) in one]
+    return sorted(".".join(key) for key in changed + gained)
 
-# %% ../../nbs/8_notebooks/32_faults.ipynb #0bae04c8
+# %% ../../nbs/8_notebooks/32_faults.ipynb #ac8bc394
 def check_fault(
     fault: Fault,  # a context manager that takes no arguments
     *,
@@ -256,9 +258,12 @@ def check_fault(
     check(
         said != "" and "\n" not in said, f"The fault {name} needs a docstring of one sentence that says what is wrong."
     )
+    whole = footprint(within)
     with fault():
         pass  # what it imports is loaded now
+    left = differences(whole, footprint(within))
     whole = footprint(within)
+    check(not left, f"The fault {name} leaves {', '.join(left[:3])} behind: restore it with swapped.")
     for error in (None, ZeroDivisionError()):
         try:
             with fault():
