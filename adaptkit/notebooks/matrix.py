@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from .baselines import Baseline
 from .faults import FAULTS, planting
 from .gates import Verdict, judge
-from .parameters import read_page
 from .runner import PageError, run_page
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['CLEAN', 'Matrix', 'word', 'draw_matrix', 'with_first', 'fault_matrix']
+__all__ = ['CLEAN', 'Matrix', 'word', 'draw_matrix', 'fault_matrix']
 
 # %% ../../nbs/8_notebooks/32b_matrix.ipynb #3b7d2f45
 CLEAN = "clean"  # the name of the run without a fault
@@ -127,22 +126,6 @@ def draw_matrix(
     return figure
 
 # %% ../../nbs/8_notebooks/32b_matrix.ipynb #78fe8290
-def with_first(
-    page: str | Path,  # a notebook file
-    source: str,  # of the cell
-    *,
-    out: Path,  # where the copy goes
-) -> Path:  # the copy
-    "A copy of a page with one more cell at its beginning."
-    from nbformat import write
-    from nbformat.v4 import new_code_cell
-
-    nb = read_page(page)
-    nb.cells.insert(0, new_code_cell(source, metadata={"tags": ["injected-before"]}))
-    write(nb, out)
-    return out
-
-
 def fault_matrix(
     page: str | Path,  # a notebook file
     baseline: Baseline,  # of the page, for this hardware
@@ -161,9 +144,9 @@ def fault_matrix(
     stopped: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, source in progress(sources.items(), "planting", total=len(sources)):
-            copy = with_first(page, source, out=Path(folder, f"{name}.ipynb"))
+            out = Path(folder, f"{name}.ipynb")
             try:
-                found = run_page(copy, Path(folder, f"{name}.out.ipynb"), values, progress=False, **options)
+                found = run_page(page, out, values, progress=False, before=source, **options)
                 runs[name] = tuple(judge(found, baseline))
             except PageError as e:
                 runs[name], stopped[name] = (), str(e)

@@ -75,7 +75,7 @@ def why_dead(
 ) -> tuple[str, str]:  # kind and sentence
     "Why a kernel is gone."
     name = signal_name(code)
-    if hungry and name in ("SIGKILL", ""):
+    if hungry and (code in (None, 137) or name == "SIGKILL"):  # 137 is what a shell makes of SIGKILL
         return "memory", "its kernel was killed because the machine ran out of memory"
     if name:
         return "signal", f"its kernel died of {name}"
