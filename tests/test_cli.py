@@ -95,12 +95,18 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch):
     assert lines["cifar10"].startswith("--") and "download=True" in lines["cifar10"]
 
 
-@pytest.mark.parametrize("words, told", [(("data", "nowhere"), "Unknown data set 'nowhere'"), (("epochs", "-1"), "epochs=-1")])
+@pytest.mark.parametrize("words, told", [(("data", "nowhere"), "Unknown data set 'nowhere'"), (("backbone", "nothing"), "'nothing'")])
 def test_a_page_that_stops_is_one_sentence_and_its_copy_stays(words, told, tmp_path):
     done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-p", *words, "-o", "out.ipynb", cwd=tmp_path)
     assert done.returncode == 1 and told in done.stderr and "out.ipynb" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "AdaptkitError" in (tmp_path / "out.ipynb").read_text() and not (tmp_path / "runs").exists()
+
+
+def test_a_value_out_of_range_stops_a_page_before_it_starts(tmp_path):
+    done = shell("run", ROOT / "nbs/seven_steps.ipynb", "-p", "epochs", "-1", "-o", "out.ipynb", cwd=tmp_path)
+    assert done.returncode == 1 and "wants a whole number from 1 to 1000" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 SETTINGS = {"backbone": "small_cnn", "epochs": "6", "views": "1", "size": "32", "batch_size": "8", "out": "result", "depth": "3"}
