@@ -119,7 +119,7 @@ def limit(
     profile: str,  # one of `PROFILES`
     seconds: float | None = None,  # the longest run in the baseline of this hardware; None without one
 ) -> float:  # seconds
-    "How long a page may run: five times what it took on this hardware or, until that is known, ten times what it says."
+    "How long a page may run: five times what it took on this hardware or, until that is known, ten times what it says; two minutes at least."
     said = needs(page).minutes
     told = said.get(profile, max(said.values()))
-    return max(60.0, 5 * seconds) if seconds is not None else max(60.0, 600 * told)
+    return max(120.0, 5 * seconds) if seconds is not None else max(120.0, 600 * told)
