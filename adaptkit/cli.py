@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .core.registry import AdaptkitError
-from .notebooks.commands import check, params, record, sweep
+from .notebooks.commands import check_command, params_command, record_command, sweep_command
 
 if TYPE_CHECKING:
     from adaptkit.data.datasets import Data
@@ -135,7 +135,7 @@ def summary(
     return "".join(streams).splitlines()
 
 # %% ../nbs/0_core/80_commands.ipynb #d41964eb
-for command in (params, check, record, sweep):
+for command in (params_command, check_command, record_command, sweep_command):
     app.add_command(command)
 
 # %% ../nbs/0_core/80_commands.ipynb #0da80c01

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from adaptkit.notebooks.check import Suite
 
 # %% auto #0
-__all__ = ['PLACES', 'params', 'placed', 'suite_of', 'check', 'record', 'sweep']
+__all__ = ['PLACES', 'params_command', 'placed', 'suite_of', 'check_command', 'record_command', 'sweep_command']
 
 # %% ../../nbs/8_notebooks/36d_commands.ipynb #c6d8410a
-@click.command()
+@click.command("params")
 @click.argument("page", type=click.Path(path_type=Path))
-def params(page: Path) -> None:
+def params_command(page: Path) -> None:
     "Show what PAGE can be given with -p: names, kinds, defaults."
     from adaptkit.notebooks.forms import help_text
 
@@ -73,11 +73,11 @@ def suite_of(
     return Suite(top, hardware=hardware(), only=(folder.relative_to(top).as_posix(),), **places)
 
 # %% ../../nbs/8_notebooks/36d_commands.ipynb #b6dfbd0a
-@click.command()
+@click.command("check")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--all", "every", is_flag=True, help="Also run pages that have passed and haven't changed since.")
 @placed
-def check(folder: Path, every: bool, **how: Any) -> None:
+def check_command(folder: Path, every: bool, **how: Any) -> None:
     "Run the pages in FOLDER and compare their numbers with their baselines; exit status 1 if anything is red."
     from adaptkit.notebooks.check import check_pages
 
@@ -87,12 +87,12 @@ def check(folder: Path, every: bool, **how: Any) -> None:
     raise SystemExit(0 if report.passed else 1)
 
 # %% ../../nbs/8_notebooks/36d_commands.ipynb #11695b88
-@click.command()
+@click.command("record")
 @click.argument("page", type=click.Path(path_type=Path))
 @click.option("--seeds", default=5, show_default=True, help="How many runs to learn from, at least 3.")
 @click.option("--rate", default=0.01, show_default=True, help="Share of checks that may fail by chance.")
 @placed
-def record(page: Path, seeds: int, rate: float, **how: Any) -> None:
+def record_command(page: Path, seeds: int, rate: float, **how: Any) -> None:
     "Run PAGE (or each page of a folder) with several seeds, and store what its numbers usually are."
     from adaptkit.notebooks.baselines import write_baseline
     from adaptkit.notebooks.check import record_baseline
@@ -106,7 +106,7 @@ def record(page: Path, seeds: int, rate: float, **how: Any) -> None:
         print(f"baseline  {stored}", flush=True)
 
 # %% ../../nbs/8_notebooks/36d_commands.ipynb #f48cda09
-@click.command()
+@click.command("sweep")
 @click.argument("page", type=click.Path(path_type=Path))
 @click.option(
     "--grid",
@@ -119,7 +119,7 @@ def record(page: Path, seeds: int, rate: float, **how: Any) -> None:
     "-o", "--out", type=click.Path(path_type=Path), help="Folder of the executed copies; by default runs/sweep/<page>."
 )
 @click.option("--on", default="here", show_default=True, help="Where pages run: here, ray, or ray://host:port.")
-def sweep(page: Path, grid: tuple[str, ...], out: Path | None, on: str) -> None:
+def sweep_command(page: Path, grid: tuple[str, ...], out: Path | None, on: str) -> None:
     "Run PAGE for every combination of values; keeps each executed copy, a table and a picture."
     from adaptkit.notebooks.sweep import grid_from_text
     from adaptkit.notebooks.sweep import sweep as run_sweep
