@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adaptkit.notebooks.baselines import Baseline, learn
 from adaptkit.notebooks.matrix import CLEAN, Matrix, fault_matrix
+from adaptkit.notebooks.meter import hardware
 from adaptkit.notebooks.runner import run_page
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def recorded(seeds: int) -> Baseline:
             start = time.perf_counter()
             runs[seed] = run_page(ROOT / "nbs" / NAME, Path(folder, f"{seed}.ipynb"), {"seed": seed}, progress=False)
             seconds.append(round(time.perf_counter() - start, 1))
-    return learn(runs, page=NAME, hardware="cpu", seconds=tuple(seconds))
+    return learn(runs, page=NAME, hardware=hardware(), seconds=tuple(seconds))
 
 
 def tally(matrices: list[Matrix]) -> dict[str, str]:

@@ -32,6 +32,13 @@ def write_page(folder: Path, *sources: str, name: str = "page.ipynb") -> Path:
     return folder / name
 
 
+def test_a_value_that_cannot_travel_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    page = write_page(tmp_path, "1")
+    with pytest.raises(AdaptkitError):
+        run_jobs([Job(page, tmp_path / "a.ipynb"), Job(page, tmp_path / "b.ipynb", {"n": object()})])
+    assert not (tmp_path / "a.ipynb").exists()
+
+
 def span(out: str | Path) -> tuple[float, float]:
     "When a page ran."
     told = nbformat.read(out, as_version=4).metadata.papermill

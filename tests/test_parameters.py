@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from papermill.engines import NBClientEngine, papermill_engines
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks.annotations import Names, Range, worded
+from adaptkit.notebooks.client import Client
 from adaptkit.notebooks.forms import as_text, control, form, help_text, table
 from adaptkit.notebooks.parameters import checked, declared, from_text, inject, plain, read_page, tagged, written
 from adaptkit.notebooks.values import as_json, fit
@@ -124,6 +124,18 @@ def test_declared_parameters_keep_order_type_and_note(tmp_path: Path) -> None:
 )
 def test_annotations_in_words(line: str, words: str, tmp_path: Path) -> None:
     assert one(tmp_path, line).words == words
+
+
+def test_a_type_may_have_a_name(tmp_path: Path) -> None:
+    above = "from typing import Annotated\nfrom adaptkit.notebooks.parameters import Range\nRate = Annotated[float, Range(0, 1)]\nLoop = Loop | None"
+    cells = [new_code_cell(above), new_code_cell("rate: Rate = 0.1\nother: 'Rate | None' = None", metadata={"tags": ["parameters"]})]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}), tmp_path / "named.ipynb")
+    assert [p.words for p in declared(tmp_path / "named.ipynb").values()] == ["a number from 0 to 1", "a number from 0 to 1 or None"]
+    assert "rate" in papermill.inspect_notebook(str(tmp_path / "named.ipynb")), "papermill knows it, too"
+    cells[1].source = "rate: Loop = 1"
+    nbformat.write(new_notebook(cells=cells), tmp_path / "loop.ipynb")
+    with pytest.raises(AdaptkitError, match="Loop cannot be the type"):
+        declared(tmp_path / "loop.ipynb")
 
 
 @pytest.mark.parametrize(
@@ -514,28 +526,17 @@ SENT = {
 }  # fmt: skip
 
 
-class Typed(NBClientEngine):
-    "An engine that sees to the parameters first."
-
-    @classmethod
-    def execute_notebook(cls, nb: Any, kernel_name: str, **options: Any) -> Any:
-        "Check and type what was given, then execute."
-        inject(nb)
-        return super().execute_notebook(nb, kernel_name, **options)
-
-
 def refuse(text: str) -> None:
     "Python reads NaN and Infinity in JSON, browsers don't."
     raise AssertionError(f"{text} is no JSON")
 
 
-def test_many_values_arrive_in_a_real_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
+def test_many_values_arrive_in_a_real_kernel(tmp_path: Path) -> None:
     made = page(tmp_path, MANY, "[repr(v) for v in (" + ", ".join(SENT) + ")]")
     names = space()
     sent = {name: eval(source, names) for name, source in SENT.items()}
     quiet = {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
-    done = papermill.execute_notebook(made, tmp_path / "done.ipynb", sent, engine_name="typed", **quiet)
+    done = papermill.execute_notebook(made, tmp_path / "done.ipynb", sent, engine_name="adaptkit", **quiet)
     assert eval(done.cells[-1].outputs[0].data["text/plain"]) == [repr(value) for value in sent.values()]
     kept = json.loads((tmp_path / "done.ipynb").read_text(), parse_constant=refuse)
     assert kept["metadata"]["papermill"]["parameters"] == plain(sent)
@@ -543,11 +544,10 @@ def test_many_values_arrive_in_a_real_kernel(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_does_not_fit_starts_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(papermill_engines._engines, "typed", Typed)
-    monkeypatch.setattr(NBClientEngine, "execute_managed_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(Client, "execute", lambda *_, **__: pytest.fail("a kernel was started"))
     made = page(tmp_path, "epochs: Annotated[int, Range(1, 9)] = 2")
     with pytest.raises(AdaptkitError, match="'epochs' is 10; .*page.ipynb wants a whole number from 1 to 9, such as 2"):
-        papermill.execute_notebook(made, tmp_path / "done.ipynb", {"epochs": 10}, engine_name="typed", progress_bar=False)
+        papermill.execute_notebook(made, tmp_path / "done.ipynb", {"epochs": 10}, engine_name="adaptkit", progress_bar=False)
 
 
 def test_an_executed_copy_can_be_run_again(typed: Path, tmp_path: Path) -> None:

@@ -537,3 +537,9 @@ def test_on_a_terminal_the_live_line_shows_what_the_page_prints(tmp_path: Path) 
         pass  # the terminal closes with the program
     assert os.waitpid(pid, 0)[1] == 0
     assert b"Train  epoch 1 of 2" in seen and b"\r\x1b[K" in seen
+
+
+def test_papermill_says_nothing_about_what_only_its_own_reader_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = ["from typing import Annotated\nfrom adaptkit.notebooks.parameters import Range", "epochs: Annotated[int, Range(1, 9)] = 2", "epochs"]
+    run_page(page(tmp_path, *sources, tags={1: "parameters"}), tmp_path / "out.ipynb", {"epochs": 3}, progress=False)
+    assert "unknown parameter" not in caplog.text

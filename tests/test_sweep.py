@@ -53,6 +53,17 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return given
 
 
+def test_values_of_every_declared_kind_travel_to_the_page(tmp_path: Path) -> None:
+    sources = ["from enum import Enum\nfrom pathlib import Path\nclass Mode(Enum):\n    FAST = 1\n    SLOW = 2", "mode: Mode = Mode.FAST\ndata: Path = Path('a')\nshares: tuple[float, ...] = (0.5,)"]
+    sources += ["from adaptkit.notebooks.records import record\nassert type(mode) is Mode and isinstance(data, Path) and type(shares) is tuple\nrecord('score', mode.value + len(shares))"]
+    cells = [new_code_cell(s) for s in sources]
+    cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=cells, metadata=SPEC), tmp_path / "page.ipynb")
+    grid = grid_from_text(["mode=SLOW", "shares=(0.5,0.5),(1.0,)", "data=b"], tmp_path / "page.ipynb")
+    found = sweep(tmp_path / "page.ipynb", tmp_path / "out", grid, budget=Budget(cores=2, memory_mib=4096, gpus=0))
+    assert [row.error for row in found.rows] == ["", ""] and [row.records["score"].value for row in found.rows] == [4, 3]
+
+
 def test_a_real_sweep_keeps_every_copy_and_shows_failures(page: Path, tmp_path: Path) -> None:
     found = sweep(page, tmp_path / "out", {"depth": [1, 3], "seed": [0, 1]}, budget=Budget(cores=2, memory_mib=4096, gpus=0))
     assert [row.parameters for row in found.rows] == [{"depth": d, "seed": s} for d in (1, 3) for s in (0, 1)]

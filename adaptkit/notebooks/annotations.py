@@ -34,9 +34,7 @@ class Range:
     def __post_init__(self) -> None:
         ends = [end for end in (self.low, self.high) if end is not None]
         good = all(type(end) in (int, float) and math.isfinite(end) for end in ends) and ends == sorted(ends)
-        check(
-            bool(ends) and good, f"{self} is no range: write two numbers, the smaller one first, such as Range(1, 100)."
-        )
+        check(bool(ends) and good, f"{self} is no range: write the smaller number first, as in Range(1, 100).")
 
     def __contains__(self, value: float) -> bool:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
@@ -73,11 +71,13 @@ class Names:
     "What the names of a page mean: where they come from, or the class that a cell defines."
 
     known: Mapping[str, str | ast.ClassDef] = field(default_factory=dict)  # dotted origin or class, by name
+    aliases: Mapping[str, ast.expr] = field(default_factory=dict)  # `Rate = Annotated[float, Range(0, 1)]`, by name
 
     @classmethod
     def of(cls, sources: Iterable[str]) -> Names:
-        "Names that the cells with these sources define, by importing them or by a class."
+        "Names that the cells with these sources define: by importing them, by a class, or for a type."
         known: dict[str, str | ast.ClassDef] = {}
+        aliases: dict[str, ast.expr] = {}
         for node in (n for source in sources for n in ast.walk(parsed(source))):
             if isinstance(node, ast.ClassDef):
                 known[node.name] = node
@@ -87,7 +87,16 @@ class Names:
                 }
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 known |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-        return cls(known)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+                inside = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+                aliases |= {t.id: node.value for t in node.targets if isinstance(t, ast.Name) and t.id not in inside}
+        return cls(known, aliases)
+
+    def meant(self, node: ast.expr) -> ast.expr:
+        "An annotation without its quotes, or what a name of the page stands for."
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return self.meant(ast.parse(node.value, mode="eval").body)
+        return self.aliases.get(node.id, node) if isinstance(node, ast.Name) else node
 
     def origin(self, node: ast.expr) -> str | ast.ClassDef:
         "What `a` or `a.b` stands for: `pathlib.Path`, or a class of the page; empty if it is no name."
@@ -215,18 +224,16 @@ def resolve(
     names: Names,  # what it may refer to
 ) -> Any:  # the type
     "The type that an annotation stands for; what isn't on the white list is refused."
+    node = names.meant(node)
     match node:
         case ast.Constant(value=None):
             return None
-        case ast.Constant(value=str(text)):
-            return resolve(ast.parse(text, mode="eval").body, names)
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return either(resolve(left, names), resolve(right, names))
         case ast.Subscript(value=ast.expr() as head, slice=inner):
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             try:
-                found = combined(
-                    names.origin(head), inner.elts if isinstance(inner, ast.Tuple) else [inner], names=names
-                )
+                found = combined(names.origin(head), parts, names=names)
             except AdaptkitError:
                 raise
             except (ValueError, TypeError):  # something computed, or a Range of three numbers

@@ -125,19 +125,19 @@ def submitter(
     sent: dict[str, Any] = {}
 
     def task(fields: dict[str, Any], refs: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        job = Job(**{**fields, "need": Need(**fields["need"])})
+        job = Job.from_json(fields)
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(job.need.cores)))
         if not job.need.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return unpack_and_perform(job, dict(zip(refs, ray.get(list(refs.values())), strict=True)))
 
-    def submit(job: Job, packed: Mapping[str, bytes]) -> Any:
-        for content in packed.values():
-            if digest(content) not in sent:
-                sent[digest(content)] = ray.put(content)
+    def submit(job: Job, content: Mapping[str, bytes]) -> Any:
+        for part in content.values():
+            if digest(part) not in sent:
+                sent[digest(part)] = ray.put(part)
         need = {"num_cpus": job.need.cores, "num_gpus": job.need.gpus, "memory": job.need.memory_mib * 2**20}
-        refs = {name: sent[digest(content)] for name, content in packed.items()}
-        return remote.options(**need, name=Path(job.page).name).remote({**vars(job), "need": vars(job.need)}, refs)
+        refs = {name: sent[digest(part)] for name, part in content.items()}
+        return remote.options(**need, name=Path(job.page).name).remote(job.to_json(), refs)
 
     remote = ray.remote(max_retries=RETRIES)(task)
     return submit

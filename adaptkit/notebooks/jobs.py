@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.registry import AdaptkitError, check, unknown
 from ..doctor import limits
-from .parameters import read_page
+from .parameters import plain, read_page
 from .records import Record, records
 
 # %% auto #0
@@ -40,7 +40,7 @@ class Need:
     def __str__(self) -> str:
         return f"{self.cores:g} cores, {self.memory_mib} MiB, {self.gpus} GPUs"
 
-
+# %% ../../nbs/8_notebooks/24_jobs.ipynb #25f72848
 @dataclass(frozen=True)
 class Job:
     "One page to run."
@@ -54,6 +54,17 @@ class Job:
     cwd: str | Path | None = None  # where the page runs; the current folder if None
     before: str = ""  # Python source to run as a first cell
     files: Sequence[str | Path] = ()  # what it reads, below `cwd`: only needed where another machine runs it
+
+    def to_json(self) -> dict[str, Any]:
+        "The form in which it travels; a value that cannot travel is refused."
+        places = {"page": str(self.page), "out": str(self.out), "cwd": self.cwd and str(self.cwd)}
+        lists = {"files": [str(file) for file in self.files], "parameters": plain(self.parameters)}
+        return {**vars(self), **places, **lists, "need": vars(self.need)}
+
+    @classmethod
+    def from_json(cls, form: Mapping[str, Any]) -> Job:
+        "A job that has travelled."
+        return cls(**{**form, "need": Need(**form["need"])})
 
 
 @dataclass(frozen=True)
@@ -184,6 +195,7 @@ def run_jobs(
     jobs = list(jobs)
     outs = [os.path.abspath(job.out) for job in jobs]
     twice = {out for out in outs if outs.count(out) > 1}
+    _ = [job.to_json() for job in jobs]  # what cannot travel is refused before anything starts
     check(not twice, f"Two jobs would write {', '.join(sorted(twice))}: each needs an output of its own.")
     if on == "ray" or on.startswith("ray://"):
         from adaptkit.notebooks.cluster import on_ray

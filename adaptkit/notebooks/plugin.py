@@ -86,6 +86,7 @@ class PageItem(pytest.Item):
         self.add_marker("notebook")
 
     def runtest(self) -> None:
+        "Wait for the page, and pass, fail or skip as it did."
         row = self.runs.row(self.name)
         if row.status == "skipped":
             pytest.skip(row.why)

@@ -200,6 +200,10 @@ def execute(
     watch = {"on_cell_start": told.cell, "stdout_file": told, "stderr_file": told}
     engine = {"engine_name": "adaptkit", "request": request, "extra_arguments": ["--log-level=CRITICAL"]}
     where = {"cwd": cwd and str(cwd), "progress_bar": False}
+    from papermill.log import logger
+
+    level = logger.level
+    logger.setLevel("ERROR")  # its own reader of parameters warns of each annotation that it cannot read
     try:
         papermill.execute_notebook(source, None, dict(values), **where, **engine, **watch)
     except AdaptkitError:
@@ -208,6 +212,8 @@ def execute(
         if request.nb is None:
             raise
         return e
+    finally:
+        logger.setLevel(level)
     return None
 
 # %% ../../nbs/8_notebooks/20_runner.ipynb #601fe451

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import enum
 import html
-import importlib
 import io
 import itertools
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.files import digest, read_json, replacing, write_json
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
+from .changes import fingerprint
 from .jobs import Budget, Job, Need, Outcome, run_jobs
 from .parameters import checked, from_text
 from .records import Record
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['parted', 'grid_from_text', 'shown', 'telling', 'combinations', 'Row', 'inputs', 'stored', 'tried', 'shares', 'Sweep',
-           'rowed', 'save', 'publish', 'sweep']
+__all__ = ['parted', 'grid_from_text', 'shown', 'telling', 'combinations', 'Row', 'stored', 'tried', 'shares', 'Sweep', 'rowed',
+           'save', 'publish', 'sweep']
 
 # %% ../../nbs/8_notebooks/26_sweep.ipynb #4b59c97b
 def parted(
@@ -116,14 +116,6 @@ class Row:
         values = {name + " (recorded)" * (name in used): r.value for name, r in self.records.items()}
         rest = {key: getattr(self, key) for key in ("seconds", "peak_mib", "gpu_mib", "error", "notebook")}
         return {**self.parameters, **values, **rest}
-
-
-def inputs(
-    page: str | Path,  # a notebook file
-) -> str:  # a fingerprint
-    "What a result depends on besides the parameters: the page and this package."
-    package = Path(importlib.import_module("adaptkit").__path__[0])
-    return digest(Path(page).read_bytes(), *(p.read_bytes() for p in sorted(package.rglob("*.py"))))
 
 # %% ../../nbs/8_notebooks/26_sweep.ipynb #a3f9bf66
 def stored(
@@ -268,8 +260,8 @@ def sweep(
     both = sorted(fixed.keys() & grid.keys())
     check(not both, f"{', '.join(both)}: given as a fixed value and in the grid; choose one.")
     asked = {f"{name}.ipynb": values for name, values in combinations(page, grid).items()}
-    whole, before = inputs(page), stored(folder, page)
-    keys = {name: digest(whole, repr({**fixed, **values}), repr(options)) for name, values in asked.items()}
+    before, cwd = stored(folder, page), options.get("cwd") or "."
+    keys = {n: digest(fingerprint(page, {**fixed, **v}, cwd=cwd), repr(options)) for n, v in asked.items()}
     rows = {
         n: r for n, r in before.items() if not again and keys.get(n) == r.key and not r.error and (folder / n).exists()
     }

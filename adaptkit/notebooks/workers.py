@@ -5,8 +5,8 @@
 # %% ../../nbs/8_notebooks/25_workers.ipynb #ec8a20eb
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import queue
 import secrets
 import selectors
@@ -20,7 +20,7 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from .jobs import Job, Need, Outcome, Room, outcome, perform
+from .jobs import Job, Outcome, Room, outcome, perform
 
 # %% auto #0
 __all__ = ['MARK', 'kill_marked', 'listen', 'serve', 'Worker', 'finish', 'begin', 'in_processes']
@@ -49,8 +49,9 @@ def listen(
     "Hand jobs from standard input on; when that is closed, everything here ends."
     while True:
         try:
-            asked.put(pickle.load(sys.stdin.buffer))
-        except EOFError:
+            job, environment = json.loads(sys.stdin.buffer.readline())
+            asked.put((job, environment))
+        except ValueError:  # nothing more comes
             kill_marked(os.environ[MARK])
             os._exit(0)
 
@@ -64,7 +65,7 @@ def serve() -> None:
     while True:
         job, environment = asked.get()
         os.environ.update(environment)
-        pickle.dump(perform(Job(**{**job, "need": Need(**job["need"])})), answers)
+        answers.write(json.dumps(perform(Job.from_json(job))).encode() + b"\n")
         answers.flush()
 
 # %% ../../nbs/8_notebooks/25_workers.ipynb #868ce870
@@ -91,14 +92,14 @@ class Worker:
         "Hand it a job."
         self.job, self.taken, self.began = job, taken, time.monotonic()
         with suppress(BrokenPipeError):  # it is gone: `answer` will tell
-            pickle.dump(({**vars(job), "need": vars(job.need)}, taken), self.process.stdin)
+            self.process.stdin.write(json.dumps([job.to_json(), taken]).encode() + b"\n")
             self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         "Wait for the answer; the death of the process is one, too."
         try:
-            return dict(pickle.load(self.process.stdout))
-        except (EOFError, pickle.UnpicklingError):
+            return dict(json.loads(self.process.stdout.readline()))
+        except ValueError:  # half an answer, or none
             kill_marked(self.mark)
             return {"seconds": time.monotonic() - self.began, "error": f"{self.job and self.job.page}: {self._death()}"}
 

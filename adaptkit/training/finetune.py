@@ -48,17 +48,21 @@ class FineTune:
 
     @property
     def name(self) -> str:
+        "What the record of a run calls it."
         return "finetune"
 
     @property
     def needs_pixels(self) -> bool:
+        "Whether it mixes pixels, so that nothing can be kept from the cache."
         return self.mix is not None and self.mix.where == "pixels"
 
     @property
     def config(self) -> Mapping[str, Any]:
+        "Its settings, for the record."
         return asdict(self)
 
     def prepare(self, model: Model) -> Model:
+        "Refuse what doesn't fit the model; add what the losses need."
         stages = list(model.backbone.stage_names)
         check(
             self.depth <= len(stages),
@@ -74,6 +78,7 @@ class FineTune:
         return ready
 
     def groups(self, model: Model) -> Sequence[ParamGroup]:
+        "The head and the uppermost stages, each with its rate."
         named = list(parts(model).items())[::-1]  # the head first, then down
         head = ParamGroup("head", named[0][1], self.speed * self.head_rate, self.decay, statistics=True)
         decay, rate = 0.0 if self.pull else self.decay, self.speed * (self.rate or model.backbone.rate)
@@ -84,6 +89,7 @@ class FineTune:
         ]
 
     def loss(self, network: Network, batch: Batch) -> Losses:
+        "Cross-entropy, and the pull to the start if there is one."
         x, labels = mixed(batch, self.mix)
         logits = network(x)
         weights = torch.tensor(self.weights, device=logits.device) if self.weights else None
@@ -95,11 +101,13 @@ class FineTune:
         return losses
 
     def step(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
+        "One step of the optimiser; the average follows."
         optimizer.step()
         if isinstance(model, Averaged):
             model.follow(self.average)
 
     def finish(self, model: Model) -> Model:
+        "Drop what only training needs; settle the average."
         if self.pull:
             del model.anchor
         return model.settle() if isinstance(model, Averaged) else model
