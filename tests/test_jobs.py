@@ -19,6 +19,8 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.notebooks.jobs import Budget, Job, Need, Room, gpus_here, run_jobs
 from adaptkit.notebooks.workers import MARK
 
+pytestmark = pytest.mark.alone
+
 SPEC = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 RECORD = "from adaptkit.notebooks.records import record\n"
 TWO = Budget(cores=2, memory_mib=4096, gpus=0)

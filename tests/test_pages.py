@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -9,11 +10,13 @@ import pytest
 from conftest import BASELINES, ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
-from adaptkit.notebooks.baselines import baseline_path
-from adaptkit.notebooks.check import Suite, check_pages
+from adaptkit.notebooks.baselines import baseline_path, write_baseline
+from adaptkit.notebooks.check import Suite, check_pages, record_baseline
 from adaptkit.notebooks.meter import hardware
 from adaptkit.notebooks.plugin import Runs
 from adaptkit.notebooks.tree import pages
+
+pytestmark = pytest.mark.alone
 
 PAGES = [p.as_posix() for p in pages(ROOT / "nbs")]
 WITHOUT = (ROOT / "tests/without_baseline.txt").read_text().split()  # pages that run, but whose numbers nobody compares yet
@@ -57,3 +60,24 @@ def test_a_page_that_breaks_is_noticed(tmp_path: Path) -> None:
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec}), tmp_path / "nbs/wrong.ipynb")
     report = check_pages(Suite(tmp_path / "nbs", baselines=tmp_path, out=tmp_path / "out", root=tmp_path))
     assert report.rows[0].status == "stopped" and "AssertionError" in report.rows[0].why
+
+
+def test_half_precision_is_another_class_of_hardware(tmp_path: Path) -> None:
+    sources = {
+        "parameters": 'seed: int = 0\nprecision: str = "32-true"',
+        "profile-cpu": '#| eval: false\nprecision = "bf16-mixed"',
+        "work": "from adaptkit.notebooks.records import record\nrecord('digits', 24.0 if precision == '32-true' else 8.0)",
+    }
+    cells = [new_code_cell(source, metadata={"tags": [tag]}) for tag, source in sources.items()]
+    (tmp_path / "nbs").mkdir()
+    spec = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec}), tmp_path / "nbs/halves.ipynb")
+    smoke = Suite(tmp_path / "nbs", baselines=tmp_path / "kept", out=tmp_path / "out", root=tmp_path)
+    mixed = replace(smoke, profile="cpu")
+    page = Path("halves.ipynb")
+    write_baseline(record_baseline(smoke, page, seeds=3), smoke.baselines)
+    (row,) = check_pages(mixed).rows
+    assert row.status == "ungated" and "no baseline for this hardware (cpu-bf16-mixed, profile cpu) (only for cpu)" in row.why
+    write_baseline(record_baseline(mixed, page, seeds=3), smoke.baselines)
+    assert {p.relative_to(smoke.baselines).as_posix() for p in smoke.baselines.rglob("*.json")} == {"cpu/halves.json", "cpu-bf16-mixed/halves.json"}
+    assert [check_pages(suite).rows[0].status for suite in (smoke, mixed)] == ["passed", "passed"]

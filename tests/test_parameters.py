@@ -10,12 +10,16 @@ import sys
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
+import comm
 import nbformat
 import papermill
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -26,6 +30,7 @@ from adaptkit.notebooks.client import Client
 from adaptkit.notebooks.forms import as_text, control, form, help_text, table
 from adaptkit.notebooks.parameters import checked, declared, from_text, inject, plain, read_page, tagged, written
 from adaptkit.notebooks.values import as_json, fit
+from adaptkit.widgets.still import STATE, VIEW
 
 ROOT = Path(__file__).parents[1]
 SPEC = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
@@ -737,11 +742,32 @@ def test_a_filled_form_gives_typed_values_or_refuses(wide: Path) -> None:
         filled.values()
 
 
+def shown_by(front: str, filled: Any, *moves: tuple[str, Any]) -> list[dict[str, Any]]:
+    "What a form displays, and displays again when it is filled in, to somebody with a browser (`lab`) or without (`none`)."
+    InteractiveShell.instance()
+    try:
+        with patch.dict("os.environ", {"ADAPTKIT_WIDGETS": front}), patch("comm.create_comm", comm.DummyComm), capture_output() as shown:
+            filled._ipython_display_()
+            for name, value in moves:
+                filled.controls[name].value = value
+    finally:
+        InteractiveShell.clear_instance()
+    return [o.data for o in shown.outputs]
+
+
 def test_a_form_without_a_browser_is_a_table(wide: Path) -> None:
-    bundle = form(wide)._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert "&lt;b&gt;" in bundle["text/html"] and "<b>" not in bundle["text/html"] and "Literal" not in bundle["text/plain"]
+    (alone,) = shown_by("none", form(wide))
+    assert VIEW not in alone and "&lt;b&gt;" in alone["text/html"] and "<b>" not in alone["text/html"] and "Literal" not in alone["text/plain"]
     assert repr(form(wide)).startswith("Form(page=") and len(form(wide).widget.children) == len(declared(wide))
+
+
+def test_a_form_leaves_a_table_of_what_was_filled_in(wide: Path) -> None:
+    live, behind, *later = shown_by("lab", form(wide), ("epochs", 30), ("data", "cells & more"))
+    assert VIEW in live and "model not found" not in behind["text/html"] and len(later) == 2
+    last = later[-1]
+    assert "<td>30</td>" in last["text/html"] and "cells &amp; more" in last["text/html"] and "filled in" in last["text/plain"]
+    kept = last[STATE]["state"]
+    assert (kept["epochs"], kept["data"]) == (30, "cells & more") and [*kept] == [*declared(wide)]
 
 
 def test_the_table_says_the_same_in_every_form(wide: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import nbformat
 import papermill
 import pytest
+from nbclient.exceptions import CellTimeoutError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from adaptkit.core.registry import AdaptkitError
@@ -31,6 +32,8 @@ from adaptkit.notebooks.meter import GPU_PEAK, Meter, cpu_seconds, hardware, hig
 from adaptkit.notebooks.post_mortem import counters, oom_kills, why_dead, why_raised
 from adaptkit.notebooks.records import RECORD, Record, records
 from adaptkit.notebooks.runner import PageError, Progress, run_page
+
+pytestmark = pytest.mark.alone
 
 SPEC = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
 SAY = "from adaptkit.notebooks.records import record"
@@ -108,6 +111,7 @@ def plain(outputs: list[Any]) -> Any:
 def through(engine: str | None, made: Path, values: dict[str, Any]) -> tuple[Any, ...]:
     "What comes out of an engine: the error, and of each cell what a reader sees."
     out, quiet = made.with_name(f"{engine}.ipynb"), {"progress_bar": False, "extra_arguments": ["--log-level=ERROR"]}
+    quiet |= {} if engine else {"execution_timeout": 60}
     name = ""
     try:
         papermill.execute_notebook(made, out, values, engine_name=engine, **quiet)
@@ -120,11 +124,22 @@ def through(engine: str | None, made: Path, values: dict[str, Any]) -> tuple[Any
     return name, seen, marks, sorted(state), nb.metadata.papermill.exception
 
 
+def papermills_own(made: Path, values: dict[str, Any]) -> tuple[Any, ...]:
+    "What comes out of papermill's own engine: it has been seen to wait for ever for a kernel that had answered, so it is asked again."
+    for left in (2, 1, 0):
+        try:
+            return through(None, made, values)
+        except CellTimeoutError:
+            if not left:
+                raise
+    raise AssertionError
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_engine_gives_what_papermills_own_gives(case: str, tmp_path: Path) -> None:
     sources, tags, values = CASES[case]
     made = page(tmp_path, *sources, tags=tags)
-    theirs, ours = through(None, made, values), through("adaptkit", made, values)
+    theirs, ours = papermills_own(made, values), through("adaptkit", made, values)
     assert ours == theirs
 
 

@@ -202,3 +202,35 @@ def test_an_unknown_record_is_named(page: Path, tmp_path: Path, ran: list[dict[s
     with pytest.raises(AdaptkitError, match="Did you mean 'score'"):
         found.figure("scor")
     assert not logarithmic([-1, 1, 100]) and not logarithmic([5])
+
+
+def test_runs_of_a_page_that_writes_get_folders_of_their_own(tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    cell = new_code_cell("rate = 0.1\nout = 'runs/page'")
+    cell.metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=[cell], metadata=SPEC), tmp_path / "writes.ipynb")
+    sweep(tmp_path / "writes.ipynb", tmp_path / "own", {"rate": [1.0, 2.0]})
+    assert [given.pop("out") for given in ran] == [str(tmp_path / "own/rate=1.0"), str(tmp_path / "own/rate=2.0")]
+    ran.clear()
+    sweep(tmp_path / "writes.ipynb", tmp_path / "told", {"rate": [1.0, 2.0]}, parameters={"out": "here"})
+    assert [given["out"] for given in ran] == ["here", "here"]
+
+
+@pytest.mark.slow
+def test_seeds_that_are_recorded_at_once_never_meet(tmp_path: Path) -> None:
+    from adaptkit.notebooks.check import Suite, record_baseline
+
+    work = "from pathlib import Path\nimport time\nplace = Path(out)\nplace.mkdir(parents=True)\n(place / 'seed').write_text(str(seed))\ntime.sleep(1)"
+    sources = ["seed = 0\nout = 'runs/page'", work, "from adaptkit.notebooks.records import record\nrecord('read', int((place / 'seed').read_text()), trivial={'nothing': -50})"]
+    cells = [new_code_cell(s) for s in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "pages").mkdir()
+    nbformat.write(new_notebook(cells=cells, metadata=SPEC), tmp_path / "pages/page.ipynb")
+    suite = Suite(tmp_path / "pages", baselines=tmp_path / "baselines", out=tmp_path / "out", root=tmp_path)
+    learnt = record_baseline(suite, Path("page.ipynb"), seeds=3, budget=Budget(cores=2))
+    assert learnt.records["read"].values == (0.0, 1.0, 2.0)
+    assert not (tmp_path / "pages/runs").exists() and "out" not in learnt.parameters
+
+
+def test_what_is_preloaded_changes_no_result(page: Path, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+    sweep(page, tmp_path / "s", {"depth": [1, 2]})
+    assert sweep(page, tmp_path / "s", {"depth": [1, 2]}, preload=["json"]).ran == 0 and len(ran) == 2

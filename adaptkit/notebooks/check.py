@@ -5,10 +5,13 @@
 # %% ../../nbs/8_notebooks/36b_check.ipynb #7dcd068f
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ from .baselines import Baseline, baseline_path, learn, read_baseline
 from .changes import fingerprint
 from .declarations import declared
 from .gates import judge
-from .jobs import Budget, Job, Need, Outcome, run_jobs
-from .profiles import PROFILES, limit, needs, skipped, values_of
+from .jobs import Budget, Job, Need, Outcome, own_folder, run_jobs
+from .profiles import PROFILES, hardware_class, limit, needs, skipped, values_of
 from .reports import Report, Row, read_report, write_report
 from .tree import pages
 
 # %% auto #0
-__all__ = ['Suite', 'job', 'row', 'settled', 'rows', 'check_pages', 'record_baseline']
+__all__ = ['Suite', 'installed', 'preloads', 'job', 'row', 'settled', 'rows', 'check_pages', 'record_baseline']
 
 # %% ../../nbs/8_notebooks/36b_check.ipynb #370072c5
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Suite:
     root: Path = Path(".")  # the folder that holds the project's packages
     hardware: str = "cpu"  # class of this machine
     only: tuple[str, ...] = ()  # pages, relative to the folder; all if empty
+    preload: tuple[str, ...] = ()  # modules that kernels have imported before they begin, see `ForkingProvisioner`
 
     def pages(self) -> list[Path]:
         "The pages, relative to the folder."
@@ -49,17 +53,51 @@ class Suite:
         "Where the executed copy of a page goes."
         return self.out / self.profile / page
 
+    def class_of(self, page: Path) -> str:
+        "The class of hardware and precision under which its numbers are kept."
+        return hardware_class(self.folder / page, self.profile, self.hardware)
+
     def baseline(self, page: Path) -> Baseline:
         "What the page is compared with; raises where there is nothing."
-        return read_baseline(self.baselines, self.hardware, page, profile=self.profile)
+        return read_baseline(self.baselines, self.class_of(page), page, profile=self.profile)
 
     def print(self, page: Path) -> str:
         "Fingerprint of everything that the row of a page depends on."
-        path = baseline_path(self.baselines, self.hardware, page)
+        path = baseline_path(self.baselines, self.class_of(page), page)
         known = path.read_text(encoding="utf-8") if path.is_file() else ""
         place = self.folder / page
         values = values_of(place, self.profile)
         return digest(fingerprint(place, values, root=self.root), known, self.profile, self.hardware)
+
+# %% ../../nbs/8_notebooks/36b_check.ipynb #8fd145a7
+def installed(
+    module: str,  # its dotted name
+) -> bool:
+    "Whether a module could be imported; nothing is imported to find out."
+    first, *rest = module.split(".")
+    spec, name = find_spec(first), first
+    for part in rest:
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations or []) if spec else None
+    return spec is not None
+
+# %% ../../nbs/8_notebooks/36b_check.ipynb #564c68a4
+def preloads(
+    root: Path,  # of a project
+) -> tuple[str, ...]:  # names of modules
+    "What a project wants imported before its pages run."
+    path = root / "pyproject.toml"
+    if not path.is_file():
+        return ()
+    try:
+        named = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("adaptkit", {}).get("preload", [])
+    except tomllib.TOMLDecodeError as e:
+        raise AdaptkitError(f"{path} cannot be read: {e}.") from e
+    fine = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    check(fine, f'{path}: preload in [tool.adaptkit] is {named!r}; give a list of names, e.g. ["torch", "pandas"].')
+    lost = [name for name in named if not installed(name)]
+    check(not lost, f"{path}: preload in [tool.adaptkit] names {lost}, which isn't installed: mend it or leave it out.")
+    return tuple(named)
 
 # %% ../../nbs/8_notebooks/36b_check.ipynb #0a921d48
 def job(
@@ -71,16 +109,18 @@ def job(
     place = (suite.folder / page).resolve()
     need, values = needs(place), values_of(place, suite.profile)
     declared(place)
-    path = baseline_path(suite.baselines, suite.hardware, page)
+    path = baseline_path(suite.baselines, suite.class_of(page), page)
     usual = max(suite.baseline(page).seconds, default=None) if path.is_file() else None
+    minutes = usual / 60 if usual else need.minutes.get(suite.profile, 1.0)
     gpus = int(suite.hardware != "cpu" and (need.accelerator == "gpu" or suite.profile == "gpu"))
     return Job(
         place,
         suite.copy(page).resolve(),
         {**values, **changed},
-        need=Need(1, need.memory_mib, gpus, minutes=need.minutes.get(suite.profile, 1.0)),
+        need=Need(need.cores, need.memory_mib, gpus, minutes=minutes),
         limit=limit(place, suite.profile, usual),
         cwd=place.parent,
+        preload=suite.preload,
     )
 
 # %% ../../nbs/8_notebooks/36b_check.ipynb #4d9d84b6
@@ -178,17 +218,18 @@ def record_baseline(
     "Run a page with several seeds and learn what its numbers usually are."
     why = skipped(suite.folder / page, suite.profile, suite.hardware)
     check(not why, f"{page} {why}.")
-    check(
-        "seed" in declared(suite.folder / page),
-        f"{page} has no parameter `seed`: without one, its spread cannot be measured.",
-    )
+    known = declared(suite.folder / page)
+    check("seed" in known, f"{page} has no parameter `seed`: without one, its spread cannot be measured.")
     plain = job(suite, page)
-    place = suite.out / "record" / suite.profile / page.with_suffix("")
-    jobs = [replace(plain, parameters={**plain.parameters, "seed": s}, out=place / f"{s}.ipynb") for s in range(seeds)]
+    place = (suite.out / "record" / suite.profile / page.with_suffix("")).resolve()
+    jobs = []
+    for s in range(seeds):
+        one = replace(plain, parameters={**plain.parameters, "seed": s}, out=place / f"{s}.ipynb")
+        jobs.append(own_folder(one, known) if on == "here" else one)
     found = {Path(o.job.out).stem: o for o in run_jobs(jobs, on=on, budget=budget)}
     wrong = [o.error for o in found.values() if o.error]
     check(not wrong, f"{page} did not run with every seed: {'; '.join(wrong)}")
     runs = [found[str(s)] for s in range(seeds)]
-    about = {"page": page.as_posix(), "hardware": suite.hardware, "profile": suite.profile, "rate": rate}
+    about = {"page": page.as_posix(), "hardware": suite.class_of(page), "profile": suite.profile, "rate": rate}
     took = {"seconds": tuple(o.seconds for o in runs), "peak_mib": tuple(o.peak_mib for o in runs if o.peak_mib)}
     return learn({s: o.records for s, o in enumerate(runs)}, parameters=dict(plain.parameters), **about, **took)

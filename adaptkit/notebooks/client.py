@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Request:
     timeout: float | None = None  # seconds for each cell
     limit: float | None = None  # seconds for the page, start of the kernel included
     before: str = ""  # Python to run as a first cell
+    preload: Sequence[str] = ()  # modules that the kernel has imported before it begins
     old: Mapping[str, Any] = field(default_factory=dict)  # cells of an earlier copy, by the key of their stage
     nb: Any = None  # the notebook, as soon as it runs
 

@@ -18,8 +18,8 @@ from .jobs import Budget, Job, Need, Outcome, outcome, perform, refused
 from .parameters import read_page
 
 # %% auto #0
-__all__ = ['RETRIES', 'luggage', 'unpack_and_perform', 'connect', 'connected', 'homeless', 'submitter', 'arrived', 'on_ray',
-           'within', 'shared_out']
+__all__ = ['RETRIES', 'luggage', 'unpack_and_perform', 'reach', 'connect', 'connected', 'homeless', 'submitter', 'arrived',
+           'on_ray', 'within', 'shared_out']
 
 # %% ../../nbs/8_notebooks/28_cluster.ipynb #6d6d06fe
 def luggage(
@@ -63,9 +63,31 @@ def unpack_and_perform(
         return answer, nbformat.writes(nb).encode()
 
 # %% ../../nbs/8_notebooks/28_cluster.ipynb #2f33c84a
-RETRIES = 3  # how often a page is tried again whose process or machine was lost
+RETRIES = 3  # how often what was lost with its process or machine is tried again: a page, or Ray's side of a connection
 
 
+def reach(
+    ray: Any,  # the module ray
+    on: str,  # "ray://host:port"
+    quiet: Mapping[str, Any],  # how Ray is to talk
+) -> None:
+    "Go to a Ray that runs; when the process that it starts for us is lost, ask it again."
+    for left in reversed(range(RETRIES + 1)):
+        try:
+            ray.init(on, **quiet)
+            return
+        except ConnectionAbortedError as e:  # it has answered
+            if not left:
+                raise AdaptkitError(
+                    f"Ray answers at {on}, and {RETRIES + 1} times could not start its side of the connection. It tells why on "
+                    "the machine of its head, in ray_client_server*.err among its logs."
+                ) from e
+        except ConnectionError as e:
+            raise AdaptkitError(
+                f"No Ray answers at {on}: is its head running, and is that its client port (10001)?"
+            ) from e
+
+# %% ../../nbs/8_notebooks/28_cluster.ipynb #57d84af3
 def connect(
     ray: Any,  # the module ray
     on: str,  # "ray" or "ray://host:port"
@@ -78,10 +100,7 @@ def connect(
         room = {"num_cpus": max(1, int(budget.cores)), "num_gpus": budget.gpus, "_memory": budget.memory_mib * 2**20}
         ray.init("local", **room, **quiet, object_store_memory=2**28, include_dashboard=False)
         return
-    try:
-        ray.init(on, **quiet)
-    except ConnectionError as e:
-        raise AdaptkitError(f"No Ray answers at {on}: is its head running, and is that its client port (10001)?") from e
+    reach(ray, on, quiet)
 
 
 @contextmanager

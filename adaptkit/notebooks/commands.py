@@ -44,6 +44,7 @@ PLACES = [
         help="Executed copies and reports.",
     ),
     click.option("--on", default="here", show_default=True, help="Where pages run: here, ray, or ray://host:port."),
+    click.option("--fresh", is_flag=True, help="Preload nothing, whatever pyproject.toml says."),
 ]
 
 
@@ -55,22 +56,20 @@ def placed(
         command = option(command)
     return command
 
-
+# %% ../../nbs/8_notebooks/36d_commands.ipynb #2a5b1897
 def suite_of(
     folder: Path,  # of the pages, or one page
-    how: dict[str, Any],  # profile, baselines, out; these are taken out
+    how: dict[str, Any],  # profile, baselines, out, fresh; these are taken out
 ) -> Suite:
     "What the options describe."
-    from adaptkit.core.registry import check
-    from adaptkit.notebooks.check import Suite
+    from adaptkit.notebooks.check import Suite, preloads
     from adaptkit.notebooks.meter import hardware
+    from adaptkit.notebooks.tree import part_of
 
-    check(folder.exists(), f"There is no {folder}: give a notebook, or a folder that holds notebooks.")
     places = {name: how.pop(name) for name in ("profile", "baselines", "out")}
-    if folder.is_dir():
-        return Suite(folder, hardware=hardware(), **places)
-    top = folder.parent if folder.is_absolute() or len(folder.parts) < 2 else Path(folder.parts[0])
-    return Suite(top, hardware=hardware(), only=(folder.relative_to(top).as_posix(),), **places)
+    places["preload"] = () if how.pop("fresh") else preloads(Path("."))
+    top, only = part_of(folder)
+    return Suite(top, hardware=hardware(), only=only, **places)
 
 # %% ../../nbs/8_notebooks/36d_commands.ipynb #b6dfbd0a
 @click.command("check")
@@ -121,9 +120,10 @@ def record_command(page: Path, seeds: int, rate: float, **how: Any) -> None:
 @click.option("--on", default="here", show_default=True, help="Where pages run: here, ray, or ray://host:port.")
 def sweep_command(page: Path, grid: tuple[str, ...], out: Path | None, on: str) -> None:
     "Run PAGE for every combination of values; keeps each executed copy, a table and a picture."
+    from adaptkit.notebooks.check import preloads
     from adaptkit.notebooks.sweep import grid_from_text
     from adaptkit.notebooks.sweep import sweep as run_sweep
 
-    place = out or Path("runs/sweep") / page.stem
-    found = run_sweep(page, place, grid_from_text(grid, page), on=on)
+    place, modules = out or Path("runs/sweep") / page.stem, preloads(Path(".")) if on == "here" else ()
+    found = run_sweep(page, place, grid_from_text(grid, page), on=on, preload=modules)
     print(f"{found}\ntable    {place / 'table.csv'}")

@@ -23,7 +23,7 @@ from .post_mortem import UNFINISHED, post_mortem
 from .stages import stage_keys
 
 # %% auto #0
-__all__ = ['MANAGED', 'RENAMED', 'sockets', 'prepared', 'local', 'beside', 'run_notebook', 'ended']
+__all__ = ['MANAGED', 'RENAMED', 'sockets', 'prepared', 'local', 'beside', 'kernel_source', 'run_notebook', 'ended']
 
 # %% ../../nbs/8_notebooks/19b_engine.ipynb #c2d6abf1
 @contextmanager
@@ -67,6 +67,19 @@ def beside(
     "A neighbour of an executed copy."
     return Path(path).with_name(Path(path).stem.removesuffix(".partial") + ending)
 
+# %% ../../nbs/8_notebooks/19b_engine.ipynb #465ef8f4
+def kernel_source(
+    request: Request,  # of the run
+    config: Any,  # of the kernel manager; changed
+) -> dict[str, Any]:  # options of nbclient
+    "Who starts the kernel."
+    if not request.preload:
+        return {}
+    from adaptkit.notebooks.preload import ForkingManager
+
+    config.ForkingManager.modules = list(request.preload)
+    return {"kernel_manager_class": ForkingManager}
+
 # %% ../../nbs/8_notebooks/19b_engine.ipynb #6d69a1d9
 def run_notebook(
     nb: Any,  # as papermill has loaded and parameterised it; changed
@@ -90,7 +103,8 @@ def run_notebook(
     request.nb = nb
     with sockets() as config:
         try:
-            client = Client(manager, request=request, config=config, log=logger, **{**rest, **renamed})
+            rest |= {**kernel_source(request, config), **renamed}
+            client = Client(manager, request=request, config=config, log=logger, **rest)
             client.execute()
             ended(nb, None)
         except BaseException as e:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,6 +20,7 @@ from .annotations import Range
 from .declarations import Parameter, declared
 from .parameters import checked, reading
 from .values import as_json, written
+from ..widgets.still import Still
 
 # %% auto #0
 __all__ = ['as_text', 'Table', 'table', 'help_text', 'numeric', 'control', 'Form', 'form']
@@ -130,7 +132,7 @@ def control(
 
 # %% ../../nbs/8_notebooks/12_forms.ipynb #d9469904
 @dataclass
-class Form:
+class Form(Still):
     "What a page will be given, to be filled in."
 
     page: str | Path  # a notebook file
@@ -138,8 +140,10 @@ class Form:
 
     def __post_init__(self) -> None:
         self.controls = {name: control(one) for name, one in declared(self.page).items()}
+        for one in self.controls.values():
+            one.observe(lambda change: self.refresh(), "value")
 
-    @property
+    @cached_property
     def widget(self) -> Any:
         "All controls, one below the other, each with its note."
         import ipywidgets
@@ -157,12 +161,26 @@ class Form:
         read = {name: reading(allowed[name], text, page=self.page) for name, text in texts.items() if name in allowed}
         return checked(self.page, {name: read.get(name, c.value) for name, c in self.controls.items()})
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        shown = table(self.page)
-        live = self.widget._repr_mimebundle_(**options) or {}
-        return {**live, "text/plain": str(shown), "text/html": shown._repr_html_()}
+    @property
+    def state(self) -> dict[str, Any]:
+        "What is filled in, as it is stored; a line of text as it was typed, whether it can be read or not."
+        return {name: as_json(c.value) for name, c in self.controls.items()}
 
+    def picture(self) -> Table:
+        "A table of what is filled in."
+        known = declared(self.page)
+        rows = [
+            (n, known[n].words, as_text(c.value) or "(empty)", known[n].note)
+            for n, c in self.controls.items()
+            if n in known
+        ]
+        return Table(tuple(rows), ("name", "what fits", "filled in", "note"))
 
+    def words(self) -> str:
+        "The same as lines of text."
+        return str(self.picture())
+
+# %% ../../nbs/8_notebooks/12_forms.ipynb #304204d1
 def form(
     page: str | Path,  # a notebook file
 ) -> Form:  # shown as widgets in a notebook

@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from .parameters import plain, read_page
 from .records import Record, records
 
 # %% auto #0
-__all__ = ['Need', 'Job', 'Outcome', 'perform', 'outcome', 'cores_here', 'memory_here', 'gpus_here', 'Budget', 'Room', 'refused',
-           'run_jobs']
+__all__ = ['Need', 'Job', 'Outcome', 'own_folder', 'perform', 'outcome', 'cores_here', 'memory_here', 'gpus_here', 'Budget',
+           'Room', 'refused', 'run_jobs']
 
 # %% ../../nbs/8_notebooks/24_jobs.ipynb #888f1580
 @dataclass(frozen=True)
@@ -53,12 +53,17 @@ class Job:
     limit: float | None = None  # seconds that the page may take
     cwd: str | Path | None = None  # where the page runs; the current folder if None
     before: str = ""  # Python source to run as a first cell
+    preload: Sequence[str] = ()  # modules that its kernel has imported before it begins, see `ForkingProvisioner`
     files: Sequence[str | Path] = ()  # what it reads, below `cwd`: only needed where another machine runs it
 
     def to_json(self) -> dict[str, Any]:
         "The form in which it travels; a value that cannot travel is refused."
         places = {"page": str(self.page), "out": str(self.out), "cwd": self.cwd and str(self.cwd)}
-        lists = {"files": [str(file) for file in self.files], "parameters": plain(self.parameters)}
+        lists = {
+            "files": [str(file) for file in self.files],
+            "preload": list(self.preload),
+            "parameters": plain(self.parameters),
+        }
         return {**vars(self), **places, **lists, "need": vars(self.need)}
 
     @classmethod
@@ -78,6 +83,17 @@ class Outcome:
     gpu_mib: float | None = None  # of GPU memory, where that was measured
     error: str = ""  # empty if the page ran to its end
 
+# %% ../../nbs/8_notebooks/24_jobs.ipynb #ac8d51c1
+def own_folder(
+    job: Job,  # runs on this machine
+    known: Container[str],  # the parameters that its page declares
+) -> Job:
+    "Let a page with a parameter `out` write beside its copy, unless it was told where, so that no two runs meet."
+    if "out" not in known or "out" in job.parameters:
+        return job
+    place = Path(os.path.abspath(job.out)).with_suffix("")
+    return replace(job, parameters={**job.parameters, "out": str(place)})
+
 # %% ../../nbs/8_notebooks/24_jobs.ipynb #f38c738f
 def perform(
     job: Job,  # runs in this process
@@ -85,8 +101,8 @@ def perform(
     "Run one page; whatever happens becomes an answer."
     from adaptkit.notebooks.runner import PageError, run_page
 
-    named = ("cwd", "timeout", "limit", "before")
-    asked = {name: getattr(job, name) for name in named if getattr(job, name) not in (None, "")}
+    named = ("cwd", "timeout", "limit", "before", "preload")
+    asked = {name: getattr(job, name) for name in named if getattr(job, name) not in (None, "", ())}
     began, error, kept = time.monotonic(), "", True
     try:
         run_page(job.page, job.out, job.parameters, progress=False, **asked)

@@ -109,22 +109,27 @@ def pytest_collection_modifyitems(
     if config.option.notebooks is None:
         return
     from adaptkit.core.registry import AdaptkitError
-    from adaptkit.notebooks.check import Suite
+    from adaptkit.notebooks.check import Suite, preloads
     from adaptkit.notebooks.meter import hardware
+    from adaptkit.notebooks.tree import part_of
 
     option = config.option
-    places = {"baselines": option.notebooks_baselines, "out": option.notebooks_out, "root": config.rootpath}
-    suite = Suite(option.notebooks, option.notebooks_profile, hardware=hardware(), **places)
-    runs = Runs(suite, option.notebooks_all)
+    places = {
+        "baselines": option.notebooks_baselines,
+        "out": option.notebooks_out,
+        "root": config.rootpath,
+        "preload": preloads(config.rootpath),
+    }
     try:
+        top, only = part_of(option.notebooks)
+        suite = Suite(top, option.notebooks_profile, hardware=hardware(), only=only, **places)
         found = suite.pages()
     except AdaptkitError as e:
         raise pytest.UsageError(str(e)) from None
+    runs = Runs(suite, option.notebooks_all)
     for page in found:
-        made = PageItem.from_parent(
-            session, name=page.as_posix(), runs=runs, nodeid=f"{option.notebooks}/{page.as_posix()}"
-        )
-        made.path = option.notebooks / page
+        made = PageItem.from_parent(session, name=page.as_posix(), runs=runs, nodeid=f"{top}/{page.as_posix()}")
+        made.path = top / page
         items.append(made)
 
 

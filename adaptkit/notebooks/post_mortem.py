@@ -137,7 +137,7 @@ class PostMortem:
         place = f" in the section {self.section!r}" if self.section else ""
         place += f", cell {self.cell} ({self.line})" if self.cell else ""
         known = ", ".join(f"{name} = {value:.6g}" for name, value in self.records.items())
-        return f"stopped{place}: {self.why}." + (f" Recorded until then: {known}." if known else "")
+        return f"stopped{place}: {self.why.removesuffix('.')}." + (f" Recorded until then: {known}." if known else "")
 
 
 UNFINISHED = PostMortem("unfinished", "it is still running, or its runner was killed")

@@ -13,15 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from ..core.registry import AdaptkitError, check, unknown
-from .parameters import checked
+from .parameters import checked, declared
 from .tree import cells
 
 # %% auto #0
-__all__ = ['NEED', 'KNOWN', 'PROFILES', 'Needs', 'needs', 'amount', 'assignments', 'values_of', 'skipped', 'limit']
+__all__ = ['NEED', 'KNOWN', 'PROFILES', 'SINGLE', 'amount', 'Needs', 'needs', 'assignments', 'values_of', 'skipped', 'limit',
+           'hardware_class']
+
+# %% ../../nbs/8_notebooks/34_profiles.ipynb #ae404dab
+def amount(
+    page: str | Path,  # for the error
+    name: str,  # of the need
+    text: str,  # what the page says
+    pattern: str,  # with one group, the number
+) -> float:  # above 0
+    "A number with its unit."
+    found = re.fullmatch(pattern, text)
+    value = float(found[1]) if found and re.fullmatch(r"\d+(\.\d+)?|\.\d+", found[1]) else 0.0
+    unit = " GiB" if "GiB" in pattern else ""
+    check(
+        value > 0,
+        f"{page} says {name}: {text}; it has to be a number above 0{unit and ' with its unit'}, such as 2{unit}.",
+    )
+    return value
 
 # %% ../../nbs/8_notebooks/34_profiles.ipynb #5db51ab6
 NEED = re.compile(r"(?m)^- *([a-z-]+): *(.+?) *$")
-KNOWN = ("accelerator", "memory", "minutes", "minutes-cpu", "minutes-gpu")
+KNOWN = ("accelerator", "cores", "memory", "minutes", "minutes-cpu", "minutes-gpu")
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,7 @@ class Needs:
     accelerator: str = "cpu"  # "cpu" or "gpu"
     minutes: Mapping[str, float] = field(default_factory=lambda: {"smoke": 1.0})  # expected, by profile
     memory_mib: int = 1024  # at the peak
+    cores: float = 1  # that it keeps busy
 
 
 def needs(
@@ -48,24 +67,8 @@ def needs(
         if name in told
     }
     memory = amount(page, "memory", told.get("memory", "1 GiB"), r"([0-9.]+) *GiB")
-    return Needs(kind, {"smoke": 1.0, **minutes}, round(1024 * memory))
-
-
-def amount(
-    page: str | Path,  # for the error
-    name: str,  # of the need
-    text: str,  # what the page says
-    pattern: str,  # with one group, the number
-) -> float:  # above 0
-    "A number with its unit."
-    found = re.fullmatch(pattern, text)
-    value = float(found[1]) if found and re.fullmatch(r"\d+(\.\d+)?|\.\d+", found[1]) else 0.0
-    unit = " GiB" if "GiB" in pattern else ""
-    check(
-        value > 0,
-        f"{page} says {name}: {text}; it has to be a number above 0{unit and ' with its unit'}, such as 2{unit}.",
-    )
-    return value
+    cores = amount(page, "cores", told.get("cores", "1"), r"([0-9.]+)")
+    return Needs(kind, {"smoke": 1.0, **minutes}, round(1024 * memory), cores)
 
 # %% ../../nbs/8_notebooks/34_profiles.ipynb #9c638e81
 PROFILES = ("smoke", "cpu", "gpu")
@@ -123,3 +126,18 @@ def limit(
     said = needs(page).minutes
     told = said.get(profile, max(said.values()))
     return max(120.0, 5 * seconds) if seconds is not None else max(120.0, 600 * told)
+
+# %% ../../nbs/8_notebooks/34_profiles.ipynb #e54cb6e0
+SINGLE = "32-true"  # the precision that isn't named
+
+
+def hardware_class(
+    page: str | Path,  # a notebook file
+    profile: str,  # one of `PROFILES`
+    hardware: str,  # of this machine: "cpu", or the name of its GPU
+) -> str:  # e.g. "cpu" or "NVIDIA-H200-bf16-mixed"
+    "The class under which the numbers of a page are kept: the hardware, and the precision unless it is single."
+    known = declared(page)
+    usual = known["precision"].default if "precision" in known else SINGLE
+    precision = values_of(page, profile).get("precision", usual)
+    return hardware if precision == SINGLE else f"{hardware}-{precision}"

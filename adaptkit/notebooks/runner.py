@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -228,6 +228,7 @@ def run_page(
     progress: bool = True,  # print one line for each section
     resume: bool = False,  # restore the stages that an earlier run has kept
     before: str = "",  # Python to run as a first cell
+    preload: Sequence[str] = (),  # modules that the kernel has imported before it begins, see `ForkingProvisioner`
 ) -> dict[str, Record]:  # the numbers that the page recorded
     "Execute a page with checked parameters and keep the executed copy, also if it fails."
     readable(page)
@@ -239,7 +240,9 @@ def run_page(
     target = Path(out).absolute()
     partial, stages = beside(target, ".partial.ipynb"), beside(target, ".stages")
     old = earlier(partial, target) if resume else {}
-    request = Request(copy=partial, stages=stages, timeout=timeout, limit=limit, before=before, old=old)
+    request = Request(
+        copy=partial, stages=stages, timeout=timeout, limit=limit, before=before, preload=preload, old=old
+    )
     with Progress(quiet=not progress) as told:
         raised = execute(page, request, values=values, told=told, cwd=cwd)
     keep(request.nb, out, page=page, partial=partial)

@@ -21,7 +21,8 @@ from ..core.files import digest, read_json, replacing, write_json
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check, unknown
 from .changes import fingerprint
-from .jobs import Budget, Job, Need, Outcome, run_jobs
+from .declarations import declared
+from .jobs import Budget, Job, Need, Outcome, own_folder, run_jobs
 from .parameters import checked, from_text
 from .records import Record
 
@@ -253,6 +254,7 @@ def sweep(
     budget: Budget | None = None,  # what all running pages together may take
     need: Need | None = None,  # what one page needs
     again: bool = False,  # run everything, also what is there already
+    preload: Sequence[str] = (),  # modules that kernels have imported before they begin; changes no result
     **options: Any,  # fields of `Job`, the same for all: timeout, limit, cwd, before, files
 ) -> Sweep:
     "Run a page for every combination of a grid, and compare."
@@ -267,7 +269,8 @@ def sweep(
     }
     todo = [n for n in asked if n not in rows]
     earlier = [r for n, r in before.items() if n not in asked]
-    jobs = [Job(page, folder / n, {**fixed, **asked[n]}, need or Need(), **options) for n in todo]
+    known, shared = declared(page) if on == "here" else {}, {**options, "preload": preload}
+    jobs = [own_folder(Job(page, folder / n, {**fixed, **asked[n]}, need or Need(), **shared), known) for n in todo]
     with closing(run_jobs(jobs, on=on, budget=budget)) as coming:
         for came in progress(coming, page.name, total=len(jobs), unit="page"):
             name = Path(came.job.out).name

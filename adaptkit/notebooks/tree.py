@@ -15,8 +15,8 @@ from ..core.files import replacing
 from ..core.registry import check
 
 # %% auto #0
-__all__ = ['SECTIONS', 'MARKS', 'LINK', 'pages', 'cells', 'sidebar', 'write_sidebar', 'replace_text', 'moved', 'as_markdown',
-           'readme']
+__all__ = ['SECTIONS', 'MARKS', 'LINK', 'pages', 'cells', 'part_of', 'sidebar', 'write_sidebar', 'replace_text', 'moved',
+           'as_markdown', 'readme']
 
 # %% ../../nbs/8_notebooks/35_tree.ipynb #b3389e36
 def pages(
@@ -33,6 +33,21 @@ def cells(
     "The cells of a page."
     nb = json.loads(Path(page).read_text(encoding="utf-8"))
     return [{**c, "source": "".join(c["source"])} for c in nb["cells"]]
+
+# %% ../../nbs/8_notebooks/35_tree.ipynb #17247652
+def part_of(
+    place: Path,  # a folder of pages, or one page
+) -> tuple[Path, tuple[str, ...]]:  # the tree; the pages that are meant, relative to it, none if it is all of them
+    "Which tree a folder or a page belongs to."
+    check(place.exists(), f"There is no {place}: give a notebook, or a folder that holds notebooks.")
+    inside = place if place.is_dir() else place.parent
+    whole = place.is_absolute() or not inside.parts or inside.parts[0] == ".."
+    top = inside if whole else Path(inside.parts[0])
+    if place == top:
+        return top, ()
+    meant = tuple(p.as_posix() for p in pages(top) if place in (top / p, *(top / p).parents))
+    check(bool(meant), f"There is no notebook in {place}: give a notebook, or a folder that holds notebooks.")
+    return top, meant
 
 # %% ../../nbs/8_notebooks/35_tree.ipynb #0933264c
 SECTIONS = {
