@@ -15,7 +15,6 @@ from adaptkit.data.datasets import Data, Source
 from adaptkit.data.images import Augment
 from adaptkit.data.texts import Texts
 from adaptkit.heads.heads import build_model
-from adaptkit.testing import toy_data, toy_model
 from adaptkit.training.compile import CompileCost, break_even, check_compiler, measure_compile, steps_only
 from adaptkit.training.control import When
 from adaptkit.training.finetune import FineTune
@@ -27,19 +26,7 @@ COMPILED = dataclasses.replace(PLAN, compile=True)
 TUNE = FineTune(depth=1, rate=1e-2, head_rate=1e-2)
 
 
-@pytest.fixture
-def data():
-    return toy_data(48)
-
-
-@pytest.fixture
-def model(data):
-    return toy_model(data)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_break_even_is_where_the_lines_cross():

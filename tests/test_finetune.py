@@ -21,7 +21,7 @@ from adaptkit.data.datasets import Batch
 from adaptkit.data.images import Augment
 from adaptkit.heads.heads import build_model, seeded
 from adaptkit.models.backbones import load_backbone
-from adaptkit.testing import check_method, toy_data, toy_model
+from adaptkit.testing import check_method, toy_model
 from adaptkit.training.averaging import Averaged, ema_update, ramp
 from adaptkit.training.best import Best
 from adaptkit.training.control import Control, EarlyStop, When
@@ -49,19 +49,7 @@ OPTIONS = {
 EVERYTHING = dataclasses.replace(TUNE, **{**OPTIONS["all"], "gradual": 0})
 
 
-@pytest.fixture
-def data():
-    return toy_data(48)
-
-
-@pytest.fixture
-def model(data):
-    return toy_model(data)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- the settings as parts of the contract ---------------------------------------------------------

@@ -18,7 +18,6 @@ import pytest
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.images import Augment
-from adaptkit.testing import toy_data, toy_model
 from adaptkit.training.control import Event, ProgressBar, When
 from adaptkit.training.copies import (
     TRACKERS,
@@ -65,16 +64,6 @@ def make(request, database):
         return MAKERS["mlflow"](place)
 
     return mlflow if request.param == "mlflow" else MAKERS[request.param]
-
-
-@pytest.fixture
-def data():
-    return toy_data(48)
-
-
-@pytest.fixture
-def model(data):
-    return toy_model(data)
 
 
 @pytest.fixture(autouse=True)

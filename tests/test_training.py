@@ -11,6 +11,8 @@ import sys
 import textwrap
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from adaptkit.data.sources import load_data
 from adaptkit.models.backbones import load_backbone
 from adaptkit.testing import check_method, toy_data, toy_model
 from adaptkit.training.cache import Stream, Trunk, TrunkCache, Views
-from adaptkit.training.control import Control, EarlyStop, Event, When, check_observers
+from adaptkit.training.control import Control, EarlyStop, Event, When, check_observers, read_actions
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import NonFiniteLoss, fit
 from adaptkit.training.methods import one_cycle
+from adaptkit.training.owners import make_next
 from adaptkit.training.runs import (
     Run,
     load_checkpoint,
@@ -43,19 +46,7 @@ PLAN = Plan(epochs=2, batch_size=8, views=2, augment=Augment(hflip=True), accele
 TUNE = FineTune(depth=3, rate=1e-2, head_rate=1e-2)
 
 
-@pytest.fixture
-def data():
-    return toy_data(48)
-
-
-@pytest.fixture
-def model(data):
-    return toy_model(data)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- the schedule, against torch's ---------------------------------------------------------------
@@ -313,6 +304,48 @@ def test_unfreezing_while_it_runs_is_replayed_bit_by_bit(data, tmp_path):
     assert fingerprint(again.model) == fingerprint(run.model)
 
 
+class PausedInValidation(Control):
+    "Asks for a pause when the validation of the first epoch is about to begin."
+
+    def rest(self):
+        if not any(a.name == "pause" for a in self.actions) and not self.paused:
+            self.pause()
+        super().rest()
+
+
+def waits_for(condition):
+    "Whether something becomes true within a minute."
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
+    return condition()
+
+
+@pytest.mark.parametrize("wish", ["resume", "save"])
+def test_a_pause_holds_in_the_middle_of_a_validation(wish, data, model, tmp_path):
+    plan, control, epochs = Plan(epochs=2, batch_size=8, augment=Augment(), views=1), PausedInValidation(), []
+
+    class Notes:
+        on = (When.EPOCH,)
+
+        def __call__(self, event):
+            epochs.append(event.epoch)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(fit, model, data, FineTune(), plan=plan, control=control, observers=[Notes()], out=tmp_path / "held")
+        assert waits_for(lambda: control.holding) and epochs == [] and control.actions == []
+        getattr(control, wish)()
+        if wish == "save":  # it needs the end of the epoch; there the pause goes on
+            assert waits_for(lambda: control.holding and len(control.actions) == 2)
+            assert epochs == [0] and (tmp_path / "held/checkpoint.safetensors").exists()
+            control.resume()
+        held = coming.result(timeout=60)
+    steps = len(data.train) // 8
+    assert [(a.name, a.step) for a in control.actions][:2] == [("pause", steps), (wish, steps)] and epochs == [0, 1]
+    plain = fit(model, data, FineTune(), plan=plan, observers=[], out=tmp_path / "plain")
+    assert [{**e, "seconds": 0} for e in held.history] == [{**e, "seconds": 0} for e in plain.history] and control.held > 0
+
+
 def test_stopping_keeps_the_model(data, model, tmp_path):
     run = fit(model, data, TUNE, plan=PLAN, control=Control(replay=[{"step": 4, "name": "stop", "value": "enough"}]), out=tmp_path / "run")
     assert run.record["status"] == "stopped" and run.record["why"] == "enough"
@@ -443,6 +476,144 @@ def test_a_stop_that_is_due_at_once_after_resuming(data, model, tmp_path):
     again.stop("enough")
     run = fit(model, data, TUNE, plan=plan, control=again, out=tmp_path / "run", exists="resume")
     assert run.record["status"] == "stopped" and len([e for e in run.events if e["when"] == "step"]) == 3
+
+class Steps:
+    "Somebody who does something after certain steps; the power may fail."
+
+    on = (When.STEP,)
+
+    def __init__(self, control, *, fails=0, **at):
+        self.control, self.at, self.fails = control, {int(k[1:]): v for k, v in at.items()}, fails
+
+    def __call__(self, event):
+        for name, *value in self.at.get(event.step, ()):
+            getattr(self.control, name)(*value)
+        if event.step == self.fails:
+            raise RuntimeError("power cut")
+
+
+TOUCHED = dict(s2=[("momentum", 0.5)], s5=[("rate", 2.0), ("save",)], s8=[("go_back",), ("rate", 0.5)], s10=[("momentum", 0.95), ("save",)])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_action_is_replayed_bit_by_bit(data, model, tmp_path, optimizer):
+    plan, hand = dataclasses.replace(PLAN, optimizer=optimizer), Control()
+    run = fit(model, data, TUNE, plan=plan, control=hand, observers=[Steps(hand, **TOUCHED)], out=tmp_path / "a")
+    again = fit(model, data, TUNE, plan=plan, control=Control(replay=read_actions(tmp_path / "a")), observers=[], out=tmp_path / "b")
+    assert [a["name"] for a in run.record["actions"]] == ["momentum", "rate", "save", "go_back", "rate", "momentum", "save"]
+    assert again.record["actions"] == run.record["actions"] == read_lines(tmp_path / "b" / "actions.jsonl")
+    assert [e["loss"] for e in again.events] == [e["loss"] for e in run.events] and fingerprint(again.model) == fingerprint(run.model)
+    for name in ("momentum", "go_back"):  # each of them matters
+        less = Control(replay=[a for a in run.record["actions"] if a["name"] != name])
+        assert fingerprint(fit(model, data, TUNE, plan=plan, control=less, observers=[], out=tmp_path / name).model) != fingerprint(run.model)
+
+
+@pytest.mark.parametrize("fails", [3, 6, 9, 11])
+def test_a_steered_run_that_is_cut_off_anywhere_goes_on_to_the_same_bits(data, model, tmp_path, fails):
+    hand, other = Control(), Control()
+    whole = fit(model, data, TUNE, plan=PLAN, control=hand, observers=[Steps(hand, **TOUCHED)], out=tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=PLAN, control=other, observers=[Steps(other, fails=fails, **TOUCHED)], out=tmp_path / "cut")
+    after = Control()
+    later = {k: v for k, v in TOUCHED.items() if int(k[1:]) >= fails}  # what the power cut kept from happening
+    again = fit(model, data, TUNE, plan=PLAN, control=after, observers=[Steps(after, **later)], out=tmp_path / "cut", exists="resume")
+    assert fingerprint(again.model) == fingerprint(whole.model) and [e["loss"] for e in again.events] == [e["loss"] for e in whole.events]
+    assert again.record["actions"] == whole.record["actions"] == read_lines(tmp_path / "cut" / "actions.jsonl")
+
+
+def test_save_now_is_where_a_killed_run_goes_on(data, model, tmp_path):
+    hand = Control()
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=PLAN, control=hand, observers=[Steps(hand, fails=5, s3=[("save",)])], out=tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 3
+
+
+def test_save_now_waits_for_whole_steps(data, model, tmp_path):
+    hand, plan = Control(), dataclasses.replace(PLAN, batch_size=4, accumulate=3)
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=plan, control=hand, observers=[Steps(hand, fails=8, s4=[("save",)])], out=tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")[1]["step"] == 6
+
+
+def test_going_back_before_there_is_a_best_epoch_starts_again(data, model, tmp_path):
+    hand = Control(replay=[{"step": 3, "name": "go_back"}, {"step": 3, "name": "stop", "value": "here"}])
+    run = fit(model, data, TUNE, plan=PLAN, control=hand, observers=[], out=tmp_path / "run")
+    assert fingerprint(run.model) == fingerprint(model)
+
+
+def test_a_line_of_actions_that_was_cut_off_does_not_spoil_the_next(data, model, tmp_path):
+    hand = Control()
+    with pytest.raises(RuntimeError):
+        fit(model, data, TUNE, plan=PLAN, control=hand, observers=[Steps(hand, fails=5, s1=[("rate", 0.5)])], out=tmp_path / "run")
+    with (tmp_path / "run" / "actions.jsonl").open("a") as f:
+        f.write('{"step": 4, "na')
+    after = Control()
+    run = fit(model, data, TUNE, plan=PLAN, control=after, observers=[Steps(after, s7=[("rate", 0.2)])], out=tmp_path / "run", exists="resume")
+    assert [(a["step"], a["value"]) for a in read_lines(tmp_path / "run" / "actions.jsonl")] == [(1, 0.5), (7, 0.2)] and run.record["status"] == "done"
+
+
+def test_one_batch_at_a_time(data, model, tmp_path):
+    import threading
+
+    control = Control()
+    control.pause()
+    worker = threading.Thread(target=fit, args=(model, data, TUNE), kwargs=dict(plan=PLAN, control=control, observers=[], out=tmp_path / "run"))
+    worker.start()
+    for n in (1, 2, 3):
+        control.step()
+        deadline = time.time() + 60
+        while not (control.holding and len(read_lines(tmp_path / "run" / "events.jsonl")) >= n):
+            assert time.time() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(Run(tmp_path / "run").events) == n
+    control.save()
+    while not (tmp_path / "run" / "checkpoint.safetensors").exists():  # at once, not when it goes on
+        assert time.time() < deadline
+        time.sleep(0.01)
+    control.stop()
+    worker.join(60)
+    assert Run(tmp_path / "run").record["status"] == "stopped"
+    assert len([e for e in Run(tmp_path / "run").events if e["when"] == "step"]) == 3
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 2, float("nan"), "much", None, True])
+def test_momentum_that_makes_no_sense(value):
+    with pytest.raises(AdaptkitError, match="momentum of .*0 to 0.999"):
+        Control().momentum(value)
+
+
+@pytest.mark.parametrize("factor", [-1, 101, float("nan"), float("inf"), "fast", None])
+def test_a_rate_that_makes_no_sense(factor):
+    with pytest.raises(AdaptkitError, match="learning rate factor of .*0 to 100"):
+        Control().rate(factor)
+
+
+@pytest.mark.parametrize("text, words", [('[{"step": 1}]', "list of actions can't be read"), ("[", "list of actions"), ("nowhere.jsonl", "no actions at nowhere.jsonl"), ('[{"step": 1, "name": "jump"}]', "Unknown action 'jump'"), ('[{"step": 1, "name": "rate", "value": -3}]', "0 to 100")])
+def test_actions_that_cannot_be_read(text, words):
+    with pytest.raises(AdaptkitError, match=words):
+        read_actions(text)
+
+
+def test_a_replay_of_another_network_is_refused_before_it_starts(data, model, tmp_path):
+    with pytest.raises(AdaptkitError, match="Unknown stage 'blocks.5'"):
+        fit(model, data, TUNE, plan=PLAN, control=Control(replay=[{"step": 3, "name": "unfreeze", "value": "blocks.5"}]), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_observer_may_ask_and_changes_nothing(data, model, tmp_path):
+    class Asker:
+        on = (When.START, When.STEP, When.EPOCH)
+        said = []
+
+        def __call__(self, event):
+            x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+            self.said.append(event.predict(x))
+
+    quiet = fit(model, data, TUNE, plan=PLAN, observers=[], out=tmp_path / "a")
+    asked = fit(model, data, TUNE, plan=PLAN, observers=[Asker()], out=tmp_path / "b")
+    assert fingerprint(asked.model) == fingerprint(quiet.model)
+    assert Asker.said[0].shape == (3, 2) and not torch.equal(Asker.said[0], Asker.said[-1])
 
 
 def test_observers_know_after_resuming_what_they_would_know(data, model, tmp_path):
@@ -700,3 +871,117 @@ def test_the_run_is_a_readable_record(data, model, tmp_path):
     assert record["data"]["fingerprint"] == data.fingerprint and record["plan"]["epochs"] == 2
     assert 0 < record["seconds"] < time.time() - started + 1
     assert {p.name for p in run.folder.iterdir()} == {"run.json", "split.json", "events.jsonl", "ledger.json", "model.safetensors", "model.json"}
+
+
+# --- two processes, one folder -----------------------------------------------------------------------
+
+
+ELSEWHERE = """
+import sys, time
+from pathlib import Path
+from adaptkit.testing import toy_data, toy_model
+from adaptkit.training.control import When
+from adaptkit.training.finetune import FineTune
+from adaptkit.training.loop import fit
+from adaptkit.training.session import Plan
+
+
+class Waits:
+    on = (When.STEP,)
+
+    def __call__(self, event):
+        if event.step == 3:
+            print("waits", flush=True)
+            sys.stdin.readline()
+
+
+data = toy_data(48)
+plan = Plan(epochs=2, batch_size=8, views=1, accelerator="cpu", checkpoint_every=2)
+fit(toy_model(data), data, FineTune(depth=2, head_rate=1e-2), plan=plan, observers=[Waits()], out=sys.argv[1], exists=sys.argv[2])
+"""
+
+
+@contextmanager
+def another_process(folder, exists="refuse"):
+    "A run of another process that waits after its third batch; it is killed in the end."
+    process = subprocess.Popen([sys.executable, "-c", ELSEWHERE, str(folder), exists], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "waits\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_another_process_trains_is_refused_until_it_is_dead(tmp_path):
+    data, plan = toy_data(48), Plan(epochs=2, batch_size=8, views=1, accelerator="cpu", checkpoint_every=2)
+    work = (toy_model(data), data, FineTune(depth=2, head_rate=1e-2))
+    with another_process(tmp_path / "run") as other:
+        events = read_lines(tmp_path / "run" / "events.jsonl")
+        for exists in ("refuse", "replace", "resume"):
+            with pytest.raises(AdaptkitError, match=f"is in use: process {other.pid} of this machine has been training there"):
+                fit(*work, plan=plan, observers=[], out=tmp_path / "run", exists=exists)
+        assert read_lines(tmp_path / "run" / "events.jsonl") == events  # nothing was touched
+        other.kill()
+        assert other.wait() and (tmp_path / "run" / "process.json").exists()
+        resumed = fit(*work, plan=plan, observers=[], out=tmp_path / "run", exists="resume")
+    whole = fit(*work, plan=plan, observers=[], out=tmp_path / "whole")
+    assert [e["loss"] for e in resumed.events] == [e["loss"] for e in whole.events] and not (tmp_path / "run" / "process.json").exists()
+
+
+def test_runs_that_begin_at_once_get_a_folder_each(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: make_next(Path("runs/toy-1")), range(40)))
+    assert sorted(found) == sorted(Path(f"runs/toy-{n}") for n in range(1, 41))
+
+
+def test_a_run_that_never_began_leaves_no_folder(data, model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    class Refuses(FineTune):
+        def prepare(self, model):
+            raise AdaptkitError("not with me")
+
+    with pytest.raises(AdaptkitError, match="not with me"):
+        fit(model, data, Refuses(), plan=PLAN, observers=[])
+    assert not Path("runs").exists()
+
+
+def test_a_folder_has_one_run_of_this_process_at_a_time(data, model, tmp_path):
+    class Second:
+        on = (When.END,)
+
+        def __call__(self, event):
+            with pytest.raises(AdaptkitError, match="another run of this process"):
+                fit(model, data, TUNE, plan=PLAN, observers=[], out=tmp_path / "run", exists="replace")
+
+    assert fit(model, data, TUNE, plan=PLAN, observers=[Second()], out=tmp_path / "run").record["status"] == "done"
+
+
+def test_a_run_that_fails_gives_its_folder_back(data, model, tmp_path):
+    class Fails:
+        on = (When.STEP,)
+
+        def __call__(self, event):
+            raise RuntimeError("gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        fit(model, data, TUNE, plan=PLAN, observers=[Fails()], out=tmp_path / "run")
+    assert fit(model, data, TUNE, plan=PLAN, observers=[], out=tmp_path / "run", exists="resume").record["status"] == "done"
+
+
+def test_only_one_of_many_that_ask_at_once_gets_the_folder(tmp_path):
+    from adaptkit.training.owners import take
+
+    def ask(_):
+        try:
+            take(tmp_path / "run")
+        except AdaptkitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(ask, range(64))) == 1
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["process.json"]

@@ -5,19 +5,25 @@
 # %% ../../nbs/4_training/02_control.ipynb #9ea0c810
 from __future__ import annotations
 
+import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.progress import somebody_watches
-from ..core.registry import check, unknown
+from ..core.registry import AdaptkitError, check, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # %% auto #0
-__all__ = ['When', 'Event', 'Stop', 'Observer', 'check_observers', 'EarlyStop', 'ProgressBar', 'Action', 'Control']
+__all__ = ['PASSIVE', 'ACTIONS', 'LIMITS', 'When', 'Event', 'Stop', 'Observer', 'check_observers', 'EarlyStop', 'ProgressBar',
+           'Action', 'check_value', 'Wishes', 'Control', 'read_actions']
 
 # %% ../../nbs/4_training/02_control.ipynb #b728faf1
 class When(StrEnum):
@@ -39,6 +45,9 @@ class Event:
     total: int  # batches that the whole run will take
     values: Mapping[str, float] = field(default_factory=dict)  # e.g. loss, rate, valid_accuracy
     folder: Path | None = None  # where the run keeps its record
+    predict: Callable[[Tensor], Tensor] | None = (
+        None  # what the network answers now: from a model's x to logits, on the CPU
+    )
 
 
 @dataclass(frozen=True)
@@ -120,16 +129,87 @@ class ProgressBar:
             self.bar.close()
 
 # %% ../../nbs/4_training/02_control.ipynb #21144c69
+PASSIVE = ("pause", "resume", "step")  # they change when a run goes on, not how: a replay leaves them out
+ACTIONS = ("rate", "momentum", "unfreeze", "save", "go_back", "stop", *PASSIVE)
+LIMITS = {"rate": ("learning rate factor", 100.0), "momentum": ("momentum", 0.999)}  # of numbers, from 0 on
+
+
 @dataclass(frozen=True)
 class Action:
     "Something that was done to a run, and when."
 
     step: int  # carried out before this batch, counted over all epochs from 0
-    name: str  # "rate", "unfreeze", "stop", "pause" or "resume"
-    value: float | str | None = None  # the factor of the rate; the stage; the reason
+    name: str  # one of ACTIONS
+    value: float | str | None = None  # the factor of the rate; the momentum; the stage; the reason
+
+    def __post_init__(self) -> None:
+        if self.name not in ACTIONS:
+            raise unknown("action", self.name, ACTIONS)
+        check_value(self.name, self.value)
+
+
+def check_value(
+    name: str,  # of an action
+    value: object,  # what it was given
+) -> None:
+    "Refuse a number that makes no sense for this action."
+    what, high = LIMITS.get(name, ("", 0.0))
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high
+    hint = "1 is the plan's own rate" if name == "rate" else "0.9 is where every run begins"
+    check(fine or not what, f"A {what} of {value!r} makes no sense: give a number from 0 to {high:g} ({hint}).")
+
+# %% ../../nbs/4_training/02_control.ipynb #2a4c299e
+class Wishes:
+    "What was asked of a run, from any thread, and whether it may go on."
+
+    def __init__(self) -> None:
+        self.holding = False  # whether the run waits here, just now
+        self.held = 0.0  # seconds that it has waited so far
+        self._wishes: list[tuple[str, float | str | None]] = []
+        self._turn = threading.Condition()
+        self._running, self._allowed = True, 0  # batches that may pass during a pause
+
+    @property
+    def paused(self) -> bool:
+        "Whether the run is asked to hold, or holds already."
+        return not self._running
+
+    def take(self) -> list[tuple[str, float | str | None]]:
+        "Wait for wishes, or for the next step to be allowed: then the list is empty."
+        began = time.perf_counter()
+        with self._turn:
+            while not (self._wishes or self._running or self._allowed):
+                self.holding = True
+                self._turn.wait()
+            wishes, self._wishes = self._wishes, []
+            if not wishes:
+                self.holding, self._allowed = False, 0 if self._running else self._allowed - 1
+        self.held += time.perf_counter() - began
+        return wishes
+
+    def rest(self) -> None:
+        "Between two batches that change nothing: hold if a pause was just asked for, until anything else is."
+        began = time.perf_counter()
+        with self._turn:
+            while not self._running and {name for name, _ in self._wishes} == {"pause"}:
+                self.holding = True
+                self._turn.wait()
+            self.holding = False
+        self.held += time.perf_counter() - began
+
+    def wish(
+        self, name: str, value: float | str | None = None, *, running: bool | None = None, allowed: int = 0
+    ) -> None:
+        "Ask for something, and perhaps let the run hold or go on."
+        check_value(name, value)
+        with self._turn:
+            self._wishes.append((name, float(value) if isinstance(value, (int, float)) else value))
+            if running is not None:
+                self._running, self._allowed = running, allowed
+            self._turn.notify_all()
 
 # %% ../../nbs/4_training/02_control.ipynb #e5d3cb64
-class Control:
+class Control(Wishes):
     "Steers one run from any thread; records what it did, and replays a record."
 
     def __init__(
@@ -138,70 +218,96 @@ class Control:
             Action | Mapping[str, Any]
         ] = (),  # actions of an earlier run, to be repeated at the same steps
     ) -> None:
+        super().__init__()
         past = [a if isinstance(a, Action) else Action(**a) for a in replay]
-        self._planned = [a for a in past if a.name not in ("pause", "resume")]  # a pause changes nothing
-        self._wishes: list[tuple[str, float | str | None]] = []
-        self._lock = threading.Lock()
-        self._running = threading.Event()
-        self._running.set()
-        self._stages: tuple[str, ...] | None = None  # of the model that is steered
+        self.owed = [a for a in past if a.name not in PASSIVE]  # what is still to be repeated
         self.actions: list[Action] = []  # what was carried out, in order
+        self._stages: tuple[str, ...] | None = None  # of the model that is steered
 
     def steer(self, stages: Iterable[str]) -> None:
         "For `fit`: begin to steer a run of a model with these stages."
         check(self._stages is None, "This Control has steered a run already: make a new one for each run.")
         self._stages = tuple(stages)
+        asked = [(a.name, a.value) for a in self.owed] + self._wishes
+        wrong = [v for name, v in asked if name == "unfreeze" and v not in self._stages]
+        if wrong:
+            raise unknown("stage", wrong[0], self._stages)
 
-    def plan(self, actions: Iterable[Mapping[str, Any]]) -> None:
-        "For `fit`: repeat these, too, each at its step; what is planned already isn't planned twice."
-        for action in (Action(**a) for a in actions):
-            if action.name not in ("pause", "resume") and action not in self._planned:
-                self._planned.append(action)
+    def remember(self, done: Iterable[Mapping[str, Any]], owed: Iterable[Mapping[str, Any]]) -> None:
+        "For `fit`: what an earlier process did; and what it did after its last checkpoint, which is to be done again."
+        past, again = [Action(**a) for a in done], [Action(**a) for a in owed]
+        again = [a for a in again if a.name not in PASSIVE]
+        self.owed = again + [a for a in self.owed if a not in again and a not in past]
+        self.actions[:0] = past
 
     def rate(self, factor: float) -> None:
         "Multiply every learning rate of the plan by `factor` (0 to 100) from the next step on."
-        ok = isinstance(factor, (int, float)) and 0 <= factor <= 100
-        check(
-            ok,
-            f"A learning rate factor of {factor!r} makes no sense: give a number from 0 to 100 (1 is the plan's own rate).",
-        )
-        self._wish("rate", float(factor))
+        self.wish("rate", factor)
+
+    def momentum(self, value: float) -> None:
+        "From the next step on, let this share (0 to 0.999) of the last direction stay; 0.9 is where every run begins."
+        self.wish("momentum", value)
 
     def unfreeze(self, stage: str) -> None:
         "Let one more stage of the backbone learn."
         if self._stages is not None and stage not in self._stages:
             raise unknown("stage", stage, self._stages)
-        self._wish("unfreeze", stage)
+        self.wish("unfreeze", stage)
+
+    def save(self) -> None:
+        "Write a checkpoint now: a run that is killed later goes on from here."
+        self.wish("save")
+
+    def go_back(self) -> None:
+        "Go on with the weights of the best epoch so far (before the first has ended, those of the start)."
+        self.wish("go_back")
 
     def stop(self, reason: str = "asked to stop") -> None:
         "End the run after the current step; the model so far is kept."
-        self._wish("stop", reason)
-        self._running.set()
+        self.wish("stop", reason, running=True)
 
     def pause(self) -> None:
         "Hold the run before its next step."
-        self._wish("pause", None)
-        self._running.clear()
+        self.wish("pause", running=False)
 
     def resume(self) -> None:
         "Go on after a pause."
-        self._wish("resume", None)
-        self._running.set()
+        self.wish("resume", running=True)
 
-    def due(self, step: int) -> list[Action]:
-        "For the loop: wait while paused, then hand over, and record, what is due before `step`."
-        self._running.wait()
-        with self._lock:
-            now = [Action(step, name, value) for name, value in self._wishes]
-            self._wishes.clear()
-        replayed = [a for a in self._planned if a.step == step]
-        self.actions += replayed + now
-        return replayed + now
+    def step(self) -> None:
+        "Let one more batch pass, and hold the run again."
+        self.wish("step", running=False, allowed=self._allowed + 1)
+
+    def due(self, step: int) -> Iterator[Action]:
+        "For the loop: hand over, and record, what is due before `step`; ends when the step may be made."
+        for action in [a for a in self.owed if a.step == step]:
+            self.owed.remove(action)
+            self.actions.append(action)
+            yield action
+        while wishes := self.take():
+            for name, value in wishes:
+                self.actions.append(Action(step, name, value))
+                yield self.actions[-1]
 
     def record(self) -> list[dict[str, Any]]:
         "The actions as JSON-able rows; give them back as `Control(replay=...)`."
         return [asdict(a) for a in self.actions]
 
-    def _wish(self, name: str, value: float | str | None) -> None:
-        with self._lock:
-            self._wishes.append((name, value))
+# %% ../../nbs/4_training/02_control.ipynb #2b27c777
+def read_actions(
+    source: str | Path,  # a run folder, an actions.jsonl, or a JSON list as text; an empty text stands for no actions
+) -> list[Action]:  # give them to Control(replay=...)
+    "Actions that were saved."
+    text = str(source).strip()
+    if not text:
+        return []
+    path = Path(text)
+    if not text.startswith("["):
+        path = path / "actions.jsonl" if path.is_dir() else path
+        check(path.is_file(), f"There are no actions at {path}: give a run folder, an actions.jsonl, or a JSON list.")
+        text = "[" + ",".join(path.read_text(encoding="utf-8").split("\n")).strip(",") + "]"
+    try:
+        return [Action(**row) for row in json.loads(text)]
+    except (TypeError, ValueError) as e:
+        where = "The list of actions" if str(source).strip().startswith("[") else str(path)
+        raise AdaptkitError(f"{where} can't be read: {e}") from e

@@ -20,8 +20,9 @@ from ..data.datasets import Batch, Data
 from ..heads.heads import Model
 from .cache import TrunkCache
 from .control import Control
-from .loop import NonFiniteLoss, batch_loss, check_fit, make_fabric
+from .loop import NonFiniteLoss, batch_loss, check_fit
 from .methods import Method, check_answers, set_learning
+from .plan import make_fabric
 from .session import Plan, Session, epoch_batches
 
 if TYPE_CHECKING:

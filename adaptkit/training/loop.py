@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +21,35 @@ from ..core.registry import AdaptkitError, check
 from ..data.datasets import Batch, Data
 from ..data.splits import save_split
 from ..heads.heads import Model, save_model
+from ..models.stages import evaluating
 from .cache import TrunkCache
 from .control import Control, Event, Observer, ProgressBar, Stop, When, check_observers
-from .methods import Losses, Method, Network, check_answers, check_gradients, set_learning
-from .runs import Run, append_line, open_folder, read_lines, run_folder, surroundings
-from .session import Plan, Session, check_request, checkpoint, epoch_batches, request_of, restore
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from adaptkit.training.methods import (
+    Losses,
+    Method,
+    Network,
+    check_answers,
+    check_gradients,
+    first_nonfinite,
+    set_learning,
+)
+from .owners import claimed
+from .plan import make_fabric
+from .runs import Run, append_line, is_over, open_folder, read_lines, run_folder, surroundings
+from adaptkit.training.session import (
+    Plan,
+    Session,
+    check_request,
+    checkpoint,
+    epoch_batches,
+    log_actions,
+    request_of,
+    restore,
+)
 
 # %% auto #0
-__all__ = ['train', 'batch_loss', 'tell', 'close_epoch', 'remind', 'validate', 'NonFiniteLoss', 'first_nonfinite', 'fit',
-           'attend', 'make_fabric', 'check_fit', 'describe_data', 'kept_epoch', 'describe_run', 'is_over', 'keep']
+__all__ = ['train', 'take_step', 'batch_loss', 'tell', 'close_epoch', 'remind', 'ask', 'validate', 'NonFiniteLoss', 'fit',
+           'attend', 'check_fit', 'describe_data', 'kept_epoch', 'describe_run', 'keep']
 
 # %% ../../nbs/4_training/10_loop.ipynb #09f4b7f5
 def train(
@@ -47,17 +65,29 @@ def train(
             loss = batch_loss(s, batch)
             s.fabric.backward(loss / s.plan.accumulate)
             factor = s.set_rates()
-            if (s.step + 1) % s.plan.accumulate == 0:
-                if s.step % s.per_epoch < s.plan.accumulate:
-                    check_gradients(s.model)
-                s.method.step(s.model, s.optimizer)
-                s.optimizer.zero_grad()
+            told = take_step(s, control)
             s.step += 1
             s.losses.append(float(loss.detach()))
-            tell(s, control, observers, When.STEP, loss=s.losses[-1], rate=factor)
+            tell(s, control, observers, When.STEP, loss=s.losses[-1], rate=factor, **told)
         if s.losses:
             s.ledger.close(epoch, s.model, s.groups, factor)
             close_epoch(s, control, observers, epoch, time.perf_counter() - started)
+
+# %% ../../nbs/4_training/10_loop.ipynb #6dd7b650
+def take_step(
+    s: Session,
+    control: Control,  # hears it if the method wants to end
+) -> Mapping[str, float]:  # what the method tells of its step, by name
+    "One step of the method, if all batches of a step are there."
+    if (s.step + 1) % s.plan.accumulate:
+        return {}
+    if s.step % s.per_epoch < s.plan.accumulate:
+        check_gradients(s.model)
+    answer = s.method.step(s.model, s.optimizer)
+    s.optimizer.zero_grad()
+    if isinstance(answer, Stop):
+        control.stop(answer.reason)
+    return answer if isinstance(answer, Mapping) else {}
 
 # %% ../../nbs/4_training/10_loop.ipynb #69a64cbc
 def batch_loss(
@@ -85,7 +115,7 @@ def batch_loss(
 def tell(s: Session, control: Control, observers: tuple[Observer, ...], when: When, **values: float) -> None:
     "Call the observers of this occasion; write steps and epochs to the run's events."
     epoch = (s.step - 1) // s.per_epoch if when in (When.STEP, When.EPOCH) else s.epoch
-    event = Event(when, epoch, s.step, s.per_epoch * s.plan.epochs, values, s.folder)
+    event = Event(when, epoch, s.step, s.per_epoch * s.plan.epochs, values, s.folder, partial(ask, s))
     if when in (When.STEP, When.EPOCH):
         append_line(s.folder / "events.jsonl", {"when": when.value, "epoch": epoch, "step": s.step, **values})
     for observer in observers:
@@ -101,11 +131,10 @@ def tell(s: Session, control: Control, observers: tuple[Observer, ...], when: Wh
 # %% ../../nbs/4_training/10_loop.ipynb #4a2dc244
 def close_epoch(s: Session, control: Control, observers: tuple[Observer, ...], epoch: int, seconds: float) -> None:
     "Validate, record, keep a checkpoint."
-    loss, accuracy = validate(s)
+    loss, accuracy = validate(s, control)
     mean = sum(s.losses) / len(s.losses)
     s.losses.clear()
-    if s.plan.keep == "best":
-        s.best.offer(epoch, loss, s.model)
+    s.best.offer(epoch, loss, s.model)
     write_json(s.folder / "ledger.json", s.ledger.rows)
     tell(s, control, observers, When.EPOCH, loss=mean, valid_loss=loss, valid_accuracy=accuracy, seconds=seconds)
 
@@ -121,12 +150,22 @@ def remind(s: Session, control: Control, observers: tuple[Observer, ...]) -> Non
                 control.stop(answer.reason)
 
 
+def ask(
+    s: Session,
+    x: Tensor,  # what a model takes, [B, ...]
+) -> Tensor:  # logits on the CPU, [B, classes]
+    "What the network says now; for observers, who change nothing by asking."
+    with evaluating(s.model):
+        return torch.as_tensor(s.model(x.to(s.fabric.device)).float().cpu())
+
+
 @torch.no_grad()
-def validate(s: Session) -> tuple[float, float]:
-    "Mean cross-entropy and accuracy on the validation split."
+def validate(s: Session, control: Control) -> tuple[float, float]:
+    "Mean cross-entropy and accuracy on the validation split; a pause holds between two batches."
     s.model.eval()
     loss, right, n = 0.0, 0, len(s.data.valid)
     for batch in s.streams["valid"].batches(s.data.valid.by_length(), max(s.plan.batch_size, 64)):
+        control.rest()
         batch = batch.to(s.fabric.device)
         logits = s.network(batch.x).float()
         loss += float(nn.functional.cross_entropy(logits, batch.y, reduction="sum"))
@@ -136,30 +175,6 @@ def validate(s: Session) -> tuple[float, float]:
 # %% ../../nbs/4_training/10_loop.ipynb #f53ab083
 class NonFiniteLoss(AdaptkitError):
     "The loss became infinite or NaN; the message names step, batch and module."
-
-
-def first_nonfinite(
-    model: nn.Module,  # hooks are placed for one pass and taken away again
-    forward: Any,  # a function of nothing that runs the pass
-) -> str:  # name of a module, or "the loss itself"
-    "Name of the first module whose output isn't finite."
-    found: list[str] = []
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and not bool(out.isfinite().all()):
-                found.append(name)
-
-        return hook
-
-    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for h in hooks:
-            h.remove()
-    return found[0] if found else "the loss itself"
 
 # %% ../../nbs/4_training/10_loop.ipynb #b9567e6c
 def fit(
@@ -185,14 +200,15 @@ def fit(
         return Run(folder)
     session = Session(model, data, method, plan, make_fabric(plan), folder, TrunkCache(cache))
     control.steer(model.backbone.stage_names)
-    open_folder(folder, fresh=exists == "replace")
-    if exists == "resume":
-        restore(session, control)
-    describe_run(session, control, "running")
-    save_split(data, folder / "split.json")
-    attend(session, control, watching, resumed=exists == "resume")
-    keep(session, control)
-    return Run(folder)
+    with claimed(folder, numbered=out is None) as session.folder:
+        open_folder(session.folder, fresh=exists == "replace")
+        if exists == "resume":
+            restore(session, control)
+        describe_run(session, control, "running")
+        save_split(data, session.folder / "split.json")
+        attend(session, control, watching, resumed=exists == "resume")
+        keep(session, control)
+    return Run(session.folder)
 
 # %% ../../nbs/4_training/10_loop.ipynb #c4ae18f2
 def attend(s: Session, control: Control, observers: tuple[Observer, ...], *, resumed: bool) -> None:
@@ -207,15 +223,6 @@ def attend(s: Session, control: Control, observers: tuple[Observer, ...], *, res
         raise
     finally:
         tell(s, control, observers, When.END)
-
-# %% ../../nbs/4_training/10_loop.ipynb #3b1d2830
-def make_fabric(plan: Plan) -> Fabric:
-    "Lightning Fabric for one device: it knows about devices and precision, so that we need not."
-    from lightning_fabric import Fabric
-
-    fabric = Fabric(accelerator=plan.accelerator, devices=1, precision=plan.precision)
-    fabric.launch()
-    return fabric
 
 # %% ../../nbs/4_training/10_loop.ipynb #b90eaaf7
 def check_fit(model: Model, data: Data, plan: Plan) -> None:
@@ -244,7 +251,7 @@ def describe_data(data: Data) -> dict[str, Any]:
 # %% ../../nbs/4_training/10_loop.ipynb #2c6ea149
 def kept_epoch(s: Session) -> int | None:
     "The epoch whose weights are kept, from 0; None if there was no step."
-    if s.best.weights:
+    if s.plan.keep == "best" and s.best.weights:
         return s.best.epoch
     return (s.step - 1) // s.per_epoch if s.step else None
 
@@ -258,8 +265,6 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
         "why": why or s.stopped,
         "seconds": seconds,
         "method": {"name": s.method.name, **s.method.config},
-    }
-    asked = {
         "plan": asdict(s.plan),
         "groups": learning,
         "cut": s.cut,
@@ -270,21 +275,16 @@ def describe_run(s: Session, control: Control, status: str, why: str = "") -> No
     used = {"data": describe_data(s.data), "model": s.model.config, "weights": asdict(s.model.backbone.source)}
     device = s.fabric.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    write_json(s.folder / "run.json", {**told, **asked, **used, **surroundings(), "device": name})
+    write_json(s.folder / "run.json", {**told, **used, **surroundings(), "device": name})
 
 # %% ../../nbs/4_training/10_loop.ipynb #16e11741
-def is_over(
-    folder: Path,  # of a run
-) -> bool:
-    "Whether a run has ended well; run.json says so last, when everything else is in its place."
-    return (folder / "run.json").exists() and Run(folder).record["status"] in ("done", "stopped")
-
-
 def keep(s: Session, control: Control) -> None:
     "Go back to the best epoch if the plan says so, finish the method, write the model and the last records."
-    s.best.put_back(s.model)
-    model = s.method.finish(s.model).to("cpu").eval()
-    save_model(model, s.folder)
+    if s.plan.keep == "best":
+        s.best.put_back(s.model)
+    save_model(s.method.finish(s.model).to("cpu").eval(), s.folder)
     write_json(s.folder / "ledger.json", s.ledger.rows)
+    control.owed.clear()  # what is left of a replay was never done
+    log_actions(s, control)
     describe_run(s, control, "stopped" if s.stopped else "done")
     (s.folder / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..core.registry import Registry, check
 from ..data.datasets import Batch
 from ..heads.heads import Model
+from .control import Stop
 
 # %% auto #0
-__all__ = ['Losses', 'METHODS', 'ParamGroup', 'parts', 'Network', 'Method', 'check_answers', 'set_learning', 'one_cycle',
-           'Ledger', 'check_gradients']
+__all__ = ['Losses', 'Answer', 'METHODS', 'ParamGroup', 'parts', 'Network', 'Method', 'check_answers', 'set_learning',
+           'one_cycle', 'Ledger', 'check_gradients', 'first_nonfinite']
 
 # %% ../../nbs/4_training/06_methods.ipynb #ff096b87
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def parts(
 
 # %% ../../nbs/4_training/06_methods.ipynb #f9e72591
 Losses = dict[str, Tensor]  # named parts of the loss, scalars; the loop minimises their sum
+Answer: TypeAlias = Mapping[str, float] | Stop | None  # of a step: numbers for the run's events, or the wish to end
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Method(Protocol):
     def loss(self, network: Network, batch: Batch) -> Losses:
         "The named parts of the loss of one batch."
 
-    def step(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, model: Model, optimizer: torch.optim.Optimizer) -> Answer:
         "Take one step with the gradients that are there."
 
     def finish(self, model: Model) -> Model:
@@ -129,7 +131,7 @@ class Ledger:
     "What was allowed to move, and what did; contradictions raise."
 
     def __init__(self, model: Model) -> None:
-        self._start = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.start = {k: v.detach().clone() for k, v in model.state_dict().items()}  # what everything is compared with
         self.rows: list[dict[str, Any]] = []
 
     def close(
@@ -169,10 +171,10 @@ class Ledger:
         prefix = next(n for n, m in model.named_modules() if m is part) + "."
         learned = {prefix + n for n, _ in part.named_parameters()}
         now = {k: v for k, v in model.state_dict().items() if k.startswith(prefix)}
-        moving = [k for k in learned if not torch.equal(now[k], self._start[k])]
-        change = sum(float(torch.linalg.vector_norm(now[k] - self._start[k])) ** 2 for k in moving)
-        size = sum(float(torch.linalg.vector_norm(self._start[k])) ** 2 for k in learned) if moving else 0.0
-        statistics = any(not torch.equal(v, self._start[k]) for k, v in now.items() if k not in learned)
+        moving = [k for k in learned if not torch.equal(now[k], self.start[k])]
+        change = sum(float(torch.linalg.vector_norm(now[k] - self.start[k])) ** 2 for k in moving)
+        size = sum(float(torch.linalg.vector_norm(self.start[k])) ** 2 for k in learned) if moving else 0.0
+        statistics = any(not torch.equal(v, self.start[k]) for k, v in now.items() if k not in learned)
         return (math.sqrt(change / size) if size else math.sqrt(change)), statistics
 
 # %% ../../nbs/4_training/06_methods.ipynb #3aaea6c2
@@ -185,3 +187,27 @@ def check_gradients(
         not lost,
         f"{len(lost)} trainable parameters got no gradient (first: {', '.join(lost[:3])}): they don't reach the loss. Freeze them or use them.",
     )
+
+# %% ../../nbs/4_training/06_methods.ipynb #e358301d
+def first_nonfinite(
+    model: nn.Module,  # hooks are placed for one pass and taken away again
+    forward: Any,  # a function of nothing that runs the pass
+) -> str:  # name of a module, or "the loss itself"
+    "Name of the first module whose output isn't finite."
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not bool(out.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if not list(m.children())]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for h in hooks:
+            h.remove()
+    return found[0] if found else "the loss itself"

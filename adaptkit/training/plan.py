@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from ..data.datasets import Rows
 from ..data.images import Augment
 from ..models.tokens import WordDropout
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 # %% auto #0
-__all__ = ['CHOICES', 'CHANGES', 'Plan', 'epoch_order']
+__all__ = ['CHOICES', 'CHANGES', 'Plan', 'make_fabric', 'epoch_order']
 
 # %% ../../nbs/4_training/05_plan.ipynb #52ce3e8d
 CHOICES = {
@@ -65,6 +68,15 @@ class Plan:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise unknown(name, getattr(self, name), allowed)
+
+# %% ../../nbs/4_training/05_plan.ipynb #4088495c
+def make_fabric(plan: Plan) -> Fabric:
+    "Lightning Fabric for one device: it knows about devices and precision, so that we need not."
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator=plan.accelerator, devices=1, precision=plan.precision)
+    fabric.launch()
+    return fabric
 
 # %% ../../nbs/4_training/05_plan.ipynb #835f9233
 def epoch_order(

@@ -5,11 +5,12 @@
 # %% ../../nbs/4_training/04_runs.ipynb #d6cd0b69
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.files import read_json
+from ..core.files import read_json, replacing
 from ..core.registry import AdaptkitError, check
 from ..models.sources import write_weights
+from .owners import check_free
 
 if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'surroundings', 'save_checkpoint', 'load_checkpoint', 'optimizer_tensors', 'restore_optimizer',
-           'append_line', 'read_lines', 'Run', 'open_run', 'run_folder', 'open_folder', 'draw_run', 'draw_ledger']
+           'append_line', 'write_lines', 'read_lines', 'Run', 'open_run', 'is_over', 'run_folder', 'open_folder',
+           'draw_run', 'draw_ledger']
 
 # %% ../../nbs/4_training/04_runs.ipynb #48e4288e
 def surroundings() -> dict[str, Any]:
@@ -122,6 +125,15 @@ def append_line(
         f.write(json.dumps(row) + "\n")
 
 
+def write_lines(
+    path: Path,  # a .jsonl file
+    rows: Iterable[Mapping[str, Any]],  # all that it will hold
+) -> None:
+    "Write a file of JSON lines anew, atomically."
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def read_lines(
     path: Path,  # a .jsonl file; may be missing
 ) -> list[dict[str, Any]]:  # its rows
@@ -182,6 +194,13 @@ def open_run(
     check((Path(folder) / "run.json").is_file(), f"{folder} is not a run folder: there is no run.json in it.")
     return Run(Path(folder))
 
+
+def is_over(
+    folder: Path,  # of a run
+) -> bool:
+    "Whether a run has ended well; run.json says so last, when everything else is in its place."
+    return (folder / "run.json").exists() and Run(folder).record["status"] in ("done", "stopped")
+
 # %% ../../nbs/4_training/04_runs.ipynb #b2ce5e91
 def run_folder(
     out: str | Path | None,  # the folder, or None for the next free runs/<name>-<number>
@@ -194,10 +213,9 @@ def run_folder(
         out is not None or exists == "refuse",
         f"exists={exists!r} is about a run that is there: say which one with out.",
     )
-    number = 1
-    while out is None and Path(f"runs/{name}-{number}").exists():
-        number += 1
-    folder = Path(out) if out is not None else Path(f"runs/{name}-{number}")
+    free = (p for n in itertools.count(1) if not (p := Path(f"runs/{name}-{n}")).exists())
+    folder = Path(out) if out is not None else next(free)
+    check_free(folder)
     there = (folder / "run.json").exists()
     check(
         not there or exists != "refuse",
@@ -207,18 +225,9 @@ def run_folder(
 
 # %% ../../nbs/4_training/04_runs.ipynb #24827652
 RUN_FILES = (
-    "trackers.json",
-    "tokenizer.txt",
-    "run.json",
-    "split.json",
-    "events.jsonl",
-    "actions.jsonl",
-    "ledger.json",
-    "checkpoint.safetensors",
-    "model.safetensors",
-    "model.json",
-    "evaluation.json",
-    "report.html",
+    *("trackers.json", "tokenizer.txt", "run.json", "split.json", "events.jsonl", "actions.jsonl", "ledger.json"),
+    *("checkpoint.safetensors", "model.safetensors", "model.json"),
+    *("evaluation.json", "report.html", "audit.json", "audit.html"),
 )
 
 

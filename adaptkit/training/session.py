@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -16,29 +15,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.files import digest, replacing
+from ..core.files import digest
 from ..core.registry import check, unknown
 from ..data.datasets import Batch, Data
 from ..heads.heads import Model
 from .best import Best
 from .cache import Stream, Trunk, TrunkCache, Views
 from .compile import compiled, steps_only
-from .control import Action, Control
+from .control import Control
 from .methods import Ledger, Method, ParamGroup, one_cycle, parts, set_learning
 from .plan import CHANGES
 from .plan import Plan as Plan
 from .plan import epoch_order as epoch_order
-from .runs import append_line, load_checkpoint, optimizer_tensors, read_lines, save_checkpoint
+from adaptkit.training.runs import (
+    append_line,
+    load_checkpoint,
+    optimizer_tensors,
+    read_lines,
+    save_checkpoint,
+    write_lines,
+)
 from .runs import restore_optimizer as put_back
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 # %% auto #0
-__all__ = ['Session', 'make_optimizer', 'fingerprint', 'plan_record', 'request_of', 'check_request', 'obey', 'unfreeze',
-           'epoch_batches', 'checkpoint', 'restore']
+__all__ = ['MOMENTUM', 'Session', 'make_optimizer', 'fingerprint', 'plan_record', 'request_of', 'check_request', 'obey',
+           'log_actions', 'save_now', 'go_back', 'unfreeze', 'epoch_batches', 'checkpoint', 'restore']
 
 # %% ../../nbs/4_training/08_session.ipynb #1f0d4363
+MOMENTUM = 0.9  # of SGD, and the first beta of Adam, until somebody changes it
+
+# %% ../../nbs/4_training/08_session.ipynb #58f39f68
 class Session:
     "The state of one run between two steps."
 
@@ -53,9 +62,11 @@ class Session:
         self.groups = list(method.groups(self.model))
         self.request = request_of(model, data, method, plan)
         self.per_epoch = len(data.train) // (plan.batch_size * plan.accumulate) * plan.accumulate
-        self.step, self.factor, self.stopped = 0, 1.0, ""
+        self.step, self.factor, self.momentum, self.stopped = 0, 1.0, MOMENTUM, ""
+        self.saving = False  # whether somebody waits for a checkpoint
         self.losses: list[float] = []  # of this epoch
-        self.best = Best()  # of the epochs so far; stays empty where the plan keeps the last one
+        self.best = Best()  # of the epochs so far
+        self.logged: list[dict[str, Any]] = []  # what actions.jsonl holds
         self.began = time.perf_counter()
         learns = compiled(self.model, data.kind) if plan.compile else self.model
         net, optimizer = fabric.setup(learns, make_optimizer(self.groups, plan), move_to_device=True)
@@ -88,11 +99,15 @@ class Session:
         self.streams = {n: Stream(getattr(self.data, n), views, trunk, cache) for n in ("train", "valid")}
 
     def set_rates(self) -> float:
-        "Give each group its learning rate for this step; returns the factor of the peak rates."
+        "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
         taken, total = self.step // self.plan.accumulate, self.per_epoch * self.plan.epochs // self.plan.accumulate
         factor = one_cycle(taken / total, self.plan.warmup) * self.factor
         for entry, group in zip(self.optimizer.param_groups, self.groups, strict=True):
             entry["lr"] = group.rate * factor
+            if "betas" in entry:
+                entry["betas"] = (self.momentum, entry["betas"][1])
+            else:
+                entry["momentum"] = self.momentum
         return factor
 
 # %% ../../nbs/4_training/08_session.ipynb #b678fa96
@@ -103,8 +118,8 @@ def make_optimizer(
     "The optimiser for these groups."
     entries = [{"params": list(g.module.parameters()), "lr": g.rate, "weight_decay": g.decay} for g in groups]
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(entries, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(entries, fused=True)
+        return torch.optim.SGD(entries, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.AdamW(entries, betas=(MOMENTUM, 0.999), fused=True)
 
 
 def fingerprint(
@@ -148,15 +163,47 @@ def obey(
     s: Session,
     control: Control,  # what somebody wants
 ) -> None:
-    "Carry out the actions that are due before this step."
+    "Carry out the actions that are due before this step, and write them down."
+    save_now(s, control)
     for action in control.due(s.step):
-        append_line(s.folder / "actions.jsonl", asdict(action))
         if action.name == "stop":
             s.stopped = str(action.value)
         elif action.name == "rate":
             s.factor = float(action.value or 0.0)
+        elif action.name == "momentum":
+            s.momentum = float(action.value or 0.0)
         elif action.name == "unfreeze":
             unfreeze(s, str(action.value))
+        elif action.name == "go_back":
+            go_back(s)
+        log_actions(s, control)
+        s.saving = s.saving or action.name == "save"
+        save_now(s, control)
+
+
+def log_actions(
+    s: Session,
+    control: Control,  # what was done, and what an earlier process did that is still to be done again
+) -> None:
+    "Bring actions.jsonl up to date: one line more, or all of it where a resumed run deviates."
+    path, wanted = s.folder / "actions.jsonl", control.record() + [asdict(a) for a in control.owed]
+    if s.logged != wanted:
+        append_line(path, wanted[-1]) if s.logged == wanted[:-1] else write_lines(path, wanted)
+    s.logged = wanted
+
+# %% ../../nbs/4_training/08_session.ipynb #12a53c85
+def save_now(s: Session, control: Control) -> None:
+    "A checkpoint for somebody who waits for one; between two steps of the optimiser, since gradients aren't kept."
+    if s.saving and s.step % s.plan.accumulate == 0:
+        s.saving = False
+        checkpoint(s, control)
+
+
+def go_back(s: Session) -> None:
+    "Put the best weights back, or those of the start; what the optimiser remembers belongs to others, so it goes."
+    best = s.best if s.best.weights else Best(weights=s.ledger.start)
+    best.put_back(s.model)
+    put_back(s.optimizer, {})
 
 # %% ../../nbs/4_training/08_session.ipynb #4a2e09ee
 def unfreeze(
@@ -208,6 +255,7 @@ def checkpoint(s: Session, control: Control) -> None:
         "request": s.request,
         "step": s.step,
         "factor": s.factor,
+        "momentum": s.momentum,
         "losses": s.losses,
         "actions": control.record(),
         "ledger": s.ledger.rows,
@@ -223,24 +271,25 @@ def checkpoint(s: Session, control: Control) -> None:
 def restore(s: Session, control: Control) -> None:
     "Go back to the last checkpoint of this folder, if there is one."
     path = s.folder / "checkpoint.safetensors"
-    taken = read_lines(s.folder / "actions.jsonl")
+    taken = s.logged = read_lines(s.folder / "actions.jsonl")
+    if taken:  # a line that was cut off goes
+        write_lines(s.folder / "actions.jsonl", taken)
     if not path.exists():
         (s.folder / "events.jsonl").unlink(missing_ok=True)
-        control.plan(taken)
+        control.remember([], taken)
         return
     tensors, state = load_checkpoint(path)
     check_request(s.folder, state["request"], s.request)
-    past = Control(replay=state["actions"])
-    for s.step in sorted({a["step"] for a in state["actions"]}):
-        obey(s, past)
-    control.actions[:0] = [Action(**a) for a in state["actions"]]
-    control.plan(a for a in taken if a["step"] >= state["step"])
+    for action in (a for a in state["actions"] if a["name"] == "unfreeze"):
+        s.step = action["step"]
+        unfreeze(s, action["value"])
+    control.remember(state["actions"], taken[len(state["actions"]) :])
     s.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     put_back(s.optimizer, tensors)
-    s.step, s.factor, s.losses, s.stopped = state["step"], state["factor"], state["losses"], state["stopped"]
+    s.step, s.factor, s.momentum, s.losses, s.stopped = (
+        state[name] for name in ("step", "factor", "momentum", "losses", "stopped")
+    )
     s.ledger.rows = state["ledger"]
     s.best = Best.read(tensors, state["best"])
     s.began -= state["seconds"]
-    rows = read_lines(s.folder / "events.jsonl")[: state["events"]]
-    with replacing(s.folder / "events.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_lines(s.folder / "events.jsonl", read_lines(s.folder / "events.jsonl")[: state["events"]])
