@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 PAGES := $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -not -path '*/runs/*' 2>/dev/null)
 LAB_FLAGS := $(if $(filter 0,$(shell id -u)),--allow-root)
 export PATH := $(BIN):$(PATH)
+# Compiled modules are kept, wherever Python was told not to: or each kernel would compile PyTorch once more.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lab docs docs-serve export lint types benchmark clean
@@ -29,7 +31,12 @@ demo: $(STAMP)  ## adapt an ImageNet network to solar cells: notebook, report an
 	@echo "Everything is in runs/demo: open runs/demo/report.html in a browser, or the executed notebook with  make lab"
 
 test: $(STAMP)  ## run every test: the package, the rules of the house, every page
+ifdef TESTS
 	@$(BIN)/python -m pytest $(TESTS)
+else
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 4 --dist loadfile || beside=failed; \
+	$(BIN)/python -m pytest -m alone && test -z "$$beside"
+endif
 
 lab: $(STAMP)  ## open JupyterLab at the home page
 	@$(BIN)/jupyter lab $(LAB_FLAGS) nbs/index.ipynb

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.training.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'main', 'adapt', 'adapted', 'run', 'summary', 'doctor']
+__all__ = ['app', 'main', 'adapt', 'adapted', 'audit', 'run', 'summary', 'studio', 'doctor']
 
 # %% ../nbs/0_core/80_commands.ipynb #2646fdbc
 @click.group()
@@ -100,6 +100,25 @@ def adapted(
     plan = Plan(epochs=epochs, batch_size=batch_size, seed=seed)
     return fit(model, data, FineTune(depth=depth), plan=plan, out=out, exists=exists)  # type: ignore[arg-type]
 
+# %% ../nbs/0_core/80_commands.ipynb #c893a9b9
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", default="", help="Where the images are, if the run was trained on a folder or a table.")
+@click.option("--eps", default="8/255", show_default=True, help="Radius of the attacks in pixel units.")
+@click.option("--norm", default="linf", type=click.Choice(["linf", "l2", "l1"]), show_default=True)
+@click.option("-n", default=100, type=click.IntRange(min=1), show_default=True, help="Test images, drawn by chance.")
+@click.option("--effort", default="quick", type=click.Choice(["quick", "thorough"]), show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of everything that is random.")
+def audit(folder: Path, eps: str, **how: Any) -> None:
+    "Audit the robustness of the run in FOLDER: clean, attacked, corrupted; leaves audit.json and audit.html in it."
+    from adaptkit.robustness.finished import audit_run, radius, write_audit
+
+    found = audit_run(folder, eps=radius(eps), **how)
+    page = write_audit(found, folder)
+    for (part, what), row in found.table().iterrows():
+        print(f"{part:10} {what:22} {row['accuracy']:>7}  {row['95 % interval']}")
+    print("\n".join([*found.remarks, found.verdict, f"audit     {page}"]))
+
 # %% ../nbs/0_core/80_commands.ipynb #9fd81b59
 @app.command()
 @click.argument("page", type=click.Path(path_type=Path))
@@ -137,6 +156,31 @@ def summary(
 # %% ../nbs/0_core/80_commands.ipynb #d41964eb
 for command in (params_command, check_command, record_command, sweep_command):
     app.add_command(command)
+
+# %% ../nbs/0_core/80_commands.ipynb #565dc485
+@app.command()
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="The address to listen at; other machines need the token."
+)
+@click.option("--port", default=8866, show_default=True, help="The port to listen at.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Visitors may choose folders below this one; by default none."
+)
+@click.option("--token", envvar="ADAPTKIT_STUDIO_TOKEN", help="Who knows it may come in; by default a random one.")
+@click.option("--no-token", is_flag=True, help="Let everybody on this machine in.")
+@click.option(
+    "--most", default=500, type=click.IntRange(min=1), show_default=True, help="Megabytes of a file that is sent."
+)
+@click.option("--theme", default="light", type=click.Choice(["light", "dark"]), show_default=True)
+@click.option("--idle", default=60, show_default=True, help="Minutes after which the kernel of a lost page is ended.")
+@click.option("--keep", default=60, show_default=True, help="Minutes for which what a visitor has left is kept.")
+@click.option("--visitors", default=8, show_default=True, help="How many people may be there at a time.")
+def studio(token: str | None, no_token: bool, most: int, **how: Any) -> None:
+    "Serve the Studio: from data to a tested model in a browser, without writing code."
+    from adaptkit.widgets.serving import Door, serve
+    from adaptkit.widgets.uploads import Limits
+
+    serve(Door(token="" if no_token else token, limits=Limits(packed=most * 10**6), **how))
 
 # %% ../nbs/0_core/80_commands.ipynb #0da80c01
 @app.command()

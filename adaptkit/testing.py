@@ -21,6 +21,8 @@ from .data.images import Augment
 from .evaluation.metrics import Predictions
 from .heads.heads import Model, Named, build_model
 from .models.stages import Backbone, evaluating
+from .robustness.measuring import check_attack as check_attack
+from .robustness.promises import check_corruption as check_corruption
 from .training.copies import check_tracker as check_tracker
 from .training.loop import fit
 from .training.methods import Method, check_answers

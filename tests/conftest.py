@@ -8,12 +8,33 @@ from pathlib import Path
 
 import pytest
 
-from adaptkit.notebooks.check import Suite
+from adaptkit.data.datasets import Data
+from adaptkit.heads.heads import Model
+from adaptkit.notebooks.check import Suite, preloads
 from adaptkit.notebooks.meter import hardware
 from adaptkit.notebooks.plugin import Runs
+from adaptkit.testing import toy_data, toy_model
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "tests/baselines"
+
+
+@pytest.fixture
+def data() -> Data:
+    "Forty-eight small images."
+    return toy_data(48)
+
+
+@pytest.fixture
+def model(data: Data) -> Model:
+    "A small network for them."
+    return toy_model(data)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A cache of its own for each test that asks for it."
+    monkeypatch.setenv("ADAPTKIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def executed(work: Path) -> Iterator[Runs]:
     "The smoke profile of all pages: what came of each, as soon as it is there."
-    suite = Suite(work / "nbs", baselines=BASELINES, out=work / "runs/check", root=work, hardware=hardware())
+    suite = Suite(work / "nbs", baselines=BASELINES, out=work / "runs/check", root=work, hardware=hardware(), preload=preloads(ROOT))
     runs = Runs(suite, every=True)
     yield runs
     runs.close()

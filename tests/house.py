@@ -172,6 +172,29 @@ def undocumented(root: Path) -> list[str]:
     ]
 
 
+def annotations(node: ast.FunctionDef) -> Iterator[str]:
+    "Names in the annotations of a function."
+    for part in ast.walk(node):
+        for note in (getattr(part, "annotation", None), getattr(part, "returns", None)):
+            yield from (n.id for n in ast.walk(note) if isinstance(n, ast.Name)) if note else ()
+
+
+def forward_names(root: Path) -> list[str]:
+    "Exported functions with an annotation that names a class of a later cell of the page: nbdev cannot document them."
+    seen: dict[str, dict[str, int]] = {}
+    exported = [(page, n, body) for page, n, source, body in code(root) if exports(source)]
+    for page, n, body in exported:
+        seen.setdefault(page, {}).update({node.name: n for node in body if isinstance(node, ast.ClassDef)})
+    return [
+        f"{page}[{n}]: {node.name} names {name}, which stands in cell {seen[page][name]}"
+        for page, n, body in exported
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+        for name in annotations(node)
+        if seen[page].get(name, 0) > n
+    ]
+
+
 def leaks(root: Path) -> list[str]:
     "Tracked lines with a folder that only one machine has, or the host of a registry."
     folders = "|".join(("wo" + "rk/[a-z.]", "ro" + "ot/", "ho" + "me/[a-z]", "tm" + "p/[a-z]"))
@@ -203,4 +226,4 @@ def stale_readme(root: Path) -> list[str]:
     return [] if current else ["README.md is not current: make export"]
 
 
-RULES = (orphans, mixed_imports, redefined, long_cells, stored_outputs, star_imports, too_big, untyped, undocumented, leaks, navigation, stale_readme)
+RULES = (orphans, mixed_imports, redefined, forward_names, long_cells, stored_outputs, star_imports, too_big, untyped, undocumented, leaks, navigation, stale_readme)

@@ -82,6 +82,7 @@ FAULTS: list[tuple[Rule, Callable[[Path], object]]] = [
     (house.mixed_imports, page_with("import os\nos.getcwd()")),
     (house.redefined, page_with("def half(x):\n    return x")),
     (house.redefined, page_with("#| export\nhalf = 1")),
+    (house.forward_names, lambda root: write_page(root, "0_core/10_one", [*CLEAN, "#| export\ndef f(x: Late) -> None: ...", "#| export\nclass Late:\n    x: int"])),
     (house.long_cells, page_with("x = 1\n" * 41)),
     (house.long_cells, page_with("class Long:\n" + "    x = 1\n" * 80)),
     (house.stored_outputs, page_with("1", outputs=[{"output_type": "stream", "text": "1"}])),

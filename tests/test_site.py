@@ -184,6 +184,7 @@ def test_readme_hides_what_the_page_hides(tmp_path: Path) -> None:
 
 
 @pytest.mark.pages
+@pytest.mark.alone
 def test_the_whole_site_is_whole(executed: Runs, work: Path) -> None:
     rows = [executed.row(p.as_posix()) for p in pages(ROOT / "nbs")]
     assert not [str(r) for r in rows if r.status not in ("passed", "ungated")], "see test_pages"

@@ -31,7 +31,7 @@ def step_one(**parameters: object) -> dict[str, Any]:
         for cell in nbformat.read(PAGE, as_version=4).cells:
             if cell.source.startswith("## Step 2"):
                 break
-            if cell.cell_type == "code":
+            if cell.cell_type == "code" and "eval: false" not in cell.source:
                 exec(compile(cell.source, str(PAGE), "exec"), names)
             if "parameters" in cell.metadata.get("tags", []):
                 names.update(parameters)
