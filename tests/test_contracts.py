@@ -11,15 +11,21 @@ import torch
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.sources import load_data
 from adaptkit.evaluation.metrics import METRICS
-from adaptkit.heads.heads import HEADS
+from adaptkit.heads.heads import HEADS, build_model
 from adaptkit.models.backbones import BACKBONES, load_backbone
 from adaptkit.testing import check_backbone, check_data_source, check_head, check_method, check_metric, toy_data
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.methods import METHODS
 
+def with_batchnorm(data):
+    "AdvProp splits BatchNorm layers; the toy network has none."
+    return build_model(load_backbone("efficientnet_lite0", pretrained=False, size=32), data, seed=0)
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_methods(name):
-    check_method(METHODS[name]())
+    data = toy_data()
+    check_method(METHODS[name](), data=data, model=with_batchnorm(data) if name == "advprop" else None)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
