@@ -19,6 +19,7 @@ from adaptkit.robustness.autopgd import APGD, APGDT
 from adaptkit.robustness.contract import quiet_model
 from adaptkit.robustness.ensemble import AutoAttack
 from adaptkit.robustness.fab import FABT
+from adaptkit.robustness.minimal import CarliniWagner, DeepFool
 from adaptkit.robustness.square import Square
 
 EPS = {"linf": 0.15, "l2": 1.0}
@@ -56,7 +57,7 @@ def torchattack(name: str, **options: object) -> Theirs:
     return lambda net, x, y: getattr(torchattacks, name)(net, **options)(x, y)
 
 
-def foolbox_attack(name: str, eps: float, **options: object) -> Theirs:
+def foolbox_attack(name: str, eps: float | None, **options: object) -> Theirs:
     import foolbox
 
     def run(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -104,6 +105,20 @@ def adv_lib_apgd(norm: str, eps: float, steps: int) -> Theirs:
     return lambda net, x, y: apgd(net, x, y, eps=eps, norm=order, n_iter=steps, loss_function="ce")
 
 
+def adv_lib_carlini_wagner(steps: int, searches: int, rate: float) -> Theirs:
+    from adv_lib.attacks.carlini_wagner import carlini_wagner_l2
+
+    return lambda net, x, y: carlini_wagner_l2(net, x, y, max_iterations=steps, binary_search_steps=searches, learning_rate=rate, initial_const=1.0, abort_early=False)
+
+
+def shortest() -> Iterator[tuple[str, Attack, dict[str, Theirs]]]:
+    "The attacks that look for the smallest change; they have no radius, and what is longer than ours counts for nothing."
+    steps, searches, rate = 200, 6, 0.05
+    box = foolbox_attack("L2CarliniWagnerAttack", None, steps=steps, binary_search_steps=searches, stepsize=rate, initial_const=1.0, abort_early=False)
+    yield "DeepFool", DeepFool(), {"foolbox": foolbox_attack("L2DeepFoolAttack", None, steps=50, candidates=10), "torchattacks": torchattack("DeepFool", steps=50)}
+    yield "C&W", CarliniWagner(steps, searches, rate=rate), {"foolbox": box, "adv-lib": adv_lib_carlini_wagner(steps, searches, rate)}
+
+
 def pairs(norm: str, *, steps: int, targets: int, queries: int, batch: int) -> Iterator[tuple[str, Attack, dict[str, Theirs]]]:
     "Name, our attack, theirs by package."
     eps = EPS[norm]
@@ -121,18 +136,22 @@ def pairs(norm: str, *, steps: int, targets: int, queries: int, batch: int) -> I
     yield "FAB-T", FABT(**ours, steps=steps, targets=targets), {"published": theirs["fab-t"]}
     yield "Square", Square(**ours, queries=queries), {"published": theirs["square"]}
     yield "ensemble", AutoAttack(**ours, steps=steps, targets=targets, queries=queries), {"published": theirs["standard"]}
+    if norm == "l2":
+        yield from shortest()
 
 
 def measured(net: nn.Module, x: Tensor, y: Tensor, run: Callable[[], Tensor], norm: str) -> dict[str, float]:
-    "Robust accuracy and seconds; what left the ball or the box counts as nothing."
+    "Robust accuracy, the median length of what fools, and seconds; what left the ball or the box counts as nothing."
     began, used = time.perf_counter(), time.process_time()
     moved = run().detach()
     seconds, processor = time.perf_counter() - began, time.process_time() - used
     far = torch.linalg.vector_norm((moved - x).flatten(1), float("inf") if norm == "linf" else 2, dim=1)
     inside = (far <= EPS[norm] * 1.001) & (moved.flatten(1).amin(1) >= -1e-6) & (moved.flatten(1).amax(1) <= 1 + 1e-6)
     with quiet_model(net), torch.no_grad():
-        stands = (net(x).argmax(1) == y) & ((net(moved).argmax(1) == y) | ~inside)
-    return {"accuracy": float(stands.float().mean()), "seconds": round(seconds, 3), "processor_seconds": round(processor, 3)}
+        right, fooled = net(x).argmax(1) == y, net(moved).argmax(1) != y
+    accuracy = float((right & ~(fooled & inside)).double().mean())
+    median = float(far[right & fooled].median()) if bool((right & fooled).any()) else 0.0
+    return {"accuracy": round(accuracy, 4), "median_length": round(median, 4), "seconds": round(seconds, 3), "processor_seconds": round(processor, 3)}
 
 
 def single_runs(robust: bool) -> Iterator[dict[str, object]]:
@@ -151,7 +170,7 @@ def fastest(net: nn.Module, x: Tensor, y: Tensor, ours: Attack, theirs: dict[str
     "By package: robust accuracy, and the shortest of some times, in turn; with one thread the processor's seconds don't depend on what else runs."
     runs: dict[str, Theirs] = {"ours": ours.perturb, **theirs}
     found = [{k: measured(net, x, y, partial(run, net, x, y), norm) for k, run in runs.items()} for _ in range(repeat)]
-    return {k: {"accuracy": found[0][k]["accuracy"], **{t: min(f[k][t] for f in found) for t in ("seconds", "processor_seconds")}} for k in runs}
+    return {k: {"accuracy": found[0][k]["accuracy"], "median_length": found[0][k]["median_length"], **{t: min(f[k][t] for f in found) for t in ("seconds", "processor_seconds")}} for k in runs}
 
 
 def main() -> None:
