@@ -60,5 +60,5 @@ def test_smallest_changes_are_as_small_as_those_of_the_others(python: Path) -> N
     assert len(rows) == 4
     for row in rows:
         ours, others = row["ours"], [v for k, v in row.items() if isinstance(v, dict) and k != "ours"]
-        assert 0 < ours["median_length"] <= 1.01 * min(o["median_length"] for o in others), row
+        assert 0 < ours["median_length"] <= 1.02 * min(o["median_length"] for o in others), row
         assert ours["accuracy"] <= min(o["accuracy"] for o in others) + 0.021, row  # of the images within the radius of the other attacks
