@@ -3,6 +3,7 @@
 Two small networks for digits (trained on images; trained on what PGD makes of them), 500 images they haven't seen, both norms, the standard budget; each attack of ours and the same attack of torchattacks, foolbox, ART, adv-lib and the published ensemble, one after the other in one process with one thread. The packages live in an environment of their own.
 
     python benchmarks/attacks.py [--images 500] [--only ensemble PGD-20] [--models 0 1] [--norms linf l2]
+    python benchmarks/attacks.py --only memory
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def summary(row: dict) -> dict:
 def main() -> None:
     command = [str(oracles.interpreter()), str(ROOT / "tests/compare_attacks.py"), *sys.argv[1:]]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if "memory" in sys.argv:
+        env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, or the peak tells of the heap's gaps
     rows = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout:

@@ -226,7 +226,7 @@ def main() -> None:
         net, x, y = network(robust)
         x, y = x[: args.images], y[: args.images]
         for norm in args.norms:
-            if not robust and (not args.only or "memory" in args.only):
+            if not robust and "memory" in args.only:
                 print(json.dumps({"attack": "memory of PGD-20", "norm": norm, "robust": robust, "images": 100, **memories(x, norm=norm)}), flush=True)
             budget = {"steps": args.steps, "targets": args.targets, "queries": args.queries, "batch": min(args.batch, args.images)}
             for name, ours, theirs in pairs(norm, **budget):
