@@ -18,6 +18,7 @@ from torch import Tensor
 from .core.registry import check
 from .data.datasets import Data, Samples, Source
 from .data.images import Augment
+from .distillation.losses import check_distillation_loss as check_distillation_loss
 from .evaluation.metrics import Predictions
 from .heads.heads import Model, Named, build_model
 from .models.stages import Backbone, evaluating

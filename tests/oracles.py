@@ -1,4 +1,4 @@
-"""An environment of its own for the packages that attacks are compared with: their pins would hurt ours."""
+"""An environment of its own for the packages that ours is compared with: their pins would hurt ours."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import venv
 from pathlib import Path
 
 PINS = ("torchattacks==3.5.1", "foolbox==3.3.4", "eagerpy==0.30.0", "adversarial-robustness-toolbox==1.20.1", "adv-lib==0.2.8", "pyautoattack==0.2.0")
+TEACHING = ("torchdistill==1.1.5",)
 
 
-def interpreter() -> Path:
+def interpreter(pins: tuple[str, ...] = PINS) -> Path:
     "A Python that has these packages beside everything that this one has; made once, in the folder for temporary files."
-    key = hashlib.sha256("\n".join((*PINS, sys.executable)).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join((*pins, sys.executable)).encode()).hexdigest()[:12]
     home = Path(tempfile.gettempdir()) / f"adaptkit-oracles-{key}"
     python = home / "bin" / "python"
     if not (home / "ready").exists():
@@ -22,7 +23,7 @@ def interpreter() -> Path:
         target = next((home / "lib").glob("python*/site-packages"))
         theirs = next(Path(p) for p in sys.path if p.endswith("site-packages") and Path(p).is_dir())
         uv = str(Path(sys.executable).with_name("uv"))
-        done = subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--python", str(python), *PINS], capture_output=True, text=True)
+        done = subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--python", str(python), *pins], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"The packages to compare with can't be installed: {done.stderr.strip()[-400:]}")
         (target / "visdom.py").write_text("class Visdom:\n    pass\n")  # adv-lib imports it for its plots, which nobody asks for here

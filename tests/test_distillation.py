@@ -1,0 +1,215 @@
+"""Learning from a teacher: the losses against published formulas, what is kept of a teacher's answers, and the method."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from adaptkit import testing
+from adaptkit.core.registry import AdaptkitError
+from adaptkit.distillation import losses
+from adaptkit.distillation.losses import DISTILLATION_LOSSES, Correlation, Decoupled, SoftTargets, check_distillation_loss
+from adaptkit.training.losses import smoothed_loss
+
+ROOT = Path(__file__).parents[1]
+
+
+def logits(images: int, classes: int, *, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Random logits of a student (with a gradient) and a teacher, in double precision, and labels."
+    rng = torch.Generator().manual_seed(100 * images + classes)
+    s, t = (scale * torch.randn(images, classes, generator=rng) for _ in "st")
+    return s.requires_grad_(), t, torch.randint(classes, (images,), generator=rng)
+
+
+# --- the published formulas, in numpy ------------------------------------------------------------------
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def kl(p, q):
+    return np.where(p > 0, p * (np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300))), 0).sum(1).mean()
+
+
+def hinton(s, t, y, temperature):
+    return temperature**2 * kl(softmax(t / temperature), softmax(s / temperature))
+
+
+def zhao(s, t, y, temperature, alpha=1.0, beta=8.0):
+    "As published: softmax over all, summed into two; then softmax with the right class's logit lowered by 1000."
+    right = np.eye(s.shape[1], dtype=bool)[y]
+
+    def two(z):
+        p = softmax(z / temperature)
+        return np.stack([p[right], (p * ~right).sum(1)], 1)
+
+    rest = [softmax(z / temperature - 1000 * right) for z in (t, s)]
+    return temperature**2 * (alpha * kl(two(t), two(s)) + beta * kl(*rest))
+
+
+def sun(s, t, y, temperature):
+    s, t = ((z - z.mean(1, keepdims=True)) / (1e-7 + z.std(1, keepdims=True, ddof=1)) for z in (s, t))
+    return hinton(s, t, y, temperature)
+
+
+def huang(s, t, y, temperature):
+    a, b = softmax(s / temperature), softmax(t / temperature)
+
+    def pearson(u, v):
+        return np.mean([np.corrcoef(i, j)[0, 1] for i, j in zip(u, v, strict=True)])
+
+    return temperature**2 * ((1 - pearson(a, b)) + (1 - pearson(a.T, b.T)))
+
+
+PAPERS = {"soft": hinton, "decoupled": zhao, "standardised": sun, "correlation": huang}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize(("images", "classes", "temperature"), [(5, 3, 4.0), (7, 11, 1.0), (2, 6, 2.5)])
+def test_loss_and_gradient_are_the_papers(name, images, classes, temperature):
+    s, t, y = logits(images, classes)
+    loss = DISTILLATION_LOSSES[name]()(s, t, labels=y, temperature=temperature)
+    (grad,) = torch.autograd.grad(loss, s)
+    a, b, k = s.detach().double().numpy(), t.double().numpy(), y.numpy()
+    formula = PAPERS[name]
+    assert loss.item() == pytest.approx(formula(a, b, k, temperature), rel=1e-5, abs=1e-5)
+    for i in range(images):
+        for j in range(classes):
+            e = np.zeros_like(a)
+            e[i, j] = 1e-5
+            slope = (formula(a + e, b, k, temperature) - formula(a - e, b, k, temperature)) / 2e-5
+            assert grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_are_those_of_torchdistill():
+    try:
+        python = oracles.interpreter(oracles.TEACHING)
+    except RuntimeError as e:
+        pytest.skip(f"NOT COMPARED: {e}")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(python), str(ROOT / "tests/compare_distillation.py")], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["value"] > 0.1 and row["apart"] <= 1e-5 and row["gradients_apart"] <= 1e-5, row
+
+
+# --- reductions and the square of the temperature -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["soft", "decoupled", "standardised", "correlation"])
+def test_identical_logits_cost_nothing(name):
+    _, t, y = logits(6, 5)
+    for temperature in (0.5, 1.0, 4.0, 50.0):
+        assert abs(DISTILLATION_LOSSES[name]()(t, t, labels=y, temperature=temperature).item()) <= 1e-6 * temperature**2
+
+
+@pytest.mark.parametrize("name", ["soft", "decoupled", "standardised", "uninformed"])
+def test_the_gradient_does_not_depend_on_a_high_temperature(name):
+    s, t, y = logits(6, 5)
+    lengths = [float(torch.autograd.grad(DISTILLATION_LOSSES[name]()(s, t, labels=y, temperature=k), s)[0].norm()) for k in (50.0, 100.0, 200.0)]
+    assert max(lengths) / min(lengths) < 1.1
+
+
+def test_a_soft_label_of_nothing_is_label_smoothing():
+    s, t, y = logits(6, 5)
+    mixed = 0.8 * torch.nn.functional.cross_entropy(s, y) + 0.2 * losses.uninformed(s, t, temperature=1.0)
+    assert torch.allclose(mixed, smoothed_loss(s, y, smoothing=0.2) - 0.2 * np.log(5), atol=1e-6)
+
+
+def test_half_precision_is_compared_in_single():
+    s, t, y = logits(4, 6)
+    assert torch.allclose(losses.soft_targets(s.half(), t.half()), losses.soft_targets(s.half().float(), t.half().float()))
+
+
+# --- plugins and their contract ------------------------------------------------------------------------
+
+
+def test_every_registered_loss_keeps_the_contract():
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["adaptkit.distillation_loss"]
+    assert {*DISTILLATION_LOSSES} == {*points} and testing.check_distillation_loss is check_distillation_loss
+    for name, place in points.items():
+        assert getattr(losses, place.split(":")[1]) is DISTILLATION_LOSSES[name]
+        made = check_distillation_loss(DISTILLATION_LOSSES[name])
+        assert made.name == name and json.loads(json.dumps(made.config)) == made.config
+
+
+@dataclass(frozen=True)
+class Leaky(SoftTargets):
+    "Lets a gradient through to the teacher."
+
+    def __call__(self, student, teacher, *, labels, temperature):
+        return super().__call__(student, teacher, labels=labels, temperature=temperature) + 0 * teacher.sum() + 1e-3 * teacher.square().sum()
+
+
+@dataclass(frozen=True)
+class Summed(SoftTargets):
+    "Forgets to divide by the batch."
+
+    def __call__(self, student, teacher, *, labels, temperature):
+        return super().__call__(student, teacher, labels=labels, temperature=temperature) * len(student)
+
+
+@dataclass(frozen=True)
+class Ranked(SoftTargets):
+    "Finds later classes more important."
+
+    def __call__(self, student, teacher, *, labels, temperature):
+        s, t = losses.two_logits(student, teacher, temperature=temperature)
+        return ((s - t).square() * torch.arange(s.shape[1])).mean()
+
+
+@dataclass(frozen=True)
+class Uphill(SoftTargets):
+    "Has its sign wrong."
+
+    def __call__(self, student, teacher, *, labels, temperature):
+        value = super().__call__(student, teacher, labels=labels, temperature=temperature)
+        return value.detach() * 2 - value if student.requires_grad else value
+
+
+@dataclass(frozen=True)
+class Careless(SoftTargets):
+    "Accepts any temperature."
+
+    def __call__(self, student, teacher, *, labels, temperature):
+        return super().__call__(student, teacher, labels=labels, temperature=abs(temperature) or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [(Leaky, "reaches the teacher"), (Summed, "doubled batch"), (Ranked, "order of the classes"), (Uphill, "downhill|against the gradient"), (Careless, "temperature 0")],
+)
+def test_a_broken_promise_is_found(bad, says):
+    with pytest.raises(AdaptkitError, match=says):
+        check_distillation_loss(bad)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda s, t, y: losses.soft_targets(s, t, temperature=0), "above 0"),
+        (lambda s, t, y: losses.soft_targets(s, t, temperature=-4), "above 0"),
+        (lambda s, t, y: losses.soft_targets(s, t[:, :2]), r"student \[6, 5\], teacher \[6, 2\]"),
+        (lambda s, t, y: losses.correlation(s[:0], t[:0]), "batch is empty"),
+        (lambda s, t, y: Decoupled(alpha=-1), "at least 0"),
+        (lambda s, t, y: Correlation(0, 0), "one of them above"),
+    ],
+)
+def test_nonsense_is_refused(call, says):
+    s, t, y = logits(6, 5)
+    with pytest.raises(AdaptkitError, match=says):
+        call(s, t, y)
