@@ -69,10 +69,12 @@ def folded(
 ) -> M:  # in evaluation mode
     "A copy in which each part that has a method `folded` is replaced by what it returns."
     new = copy.deepcopy(module).eval()
-    for name, part in list(new.named_modules()):
-        simpler = getattr(part, "folded", None)
-        if name and callable(simpler):
-            new.set_submodule(name, simpler())
+    able: dict[str, Any] = {n: m for n, m in new.named_modules() if n and callable(getattr(m, "folded", None))}
+    for name, part in able.items():
+        new.set_submodule(name, part.folded())
+    made: list[Any] = [m for m in new.modules() if able and isinstance(getattr(m, "recipe", None), dict)]
+    for backbone in made:
+        backbone.recipe = {**backbone.recipe, "folded": True}  # so that it can be built again
     return new
 
 # %% ../../nbs/2_models/07_fusing.ipynb #553f0e88
