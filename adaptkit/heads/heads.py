@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.files import digest, inside, read_json, replacing, write_json
 from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Reader
-from ..models.backbones import load_backbone
+from ..models.backbones import load_backbone, remade
 from ..models.encoders import rebuilt_encoder
 from ..models.sources import read_weights, sha256, write_weights
 from ..models.stages import Backbone, WeightSource
@@ -180,14 +180,15 @@ def rebuild(
     "Make the architecture of a model again from its description; nothing is downloaded."
     try:
         name, size = config["backbone"], config["size"]
-        if "recipe" in config:
-            backbone: Backbone = rebuilt_encoder(config["recipe"], files or {}, name=name, size=size)
+        recipe = config.get("recipe", {})
+        if "encoder" in recipe:
+            backbone: Backbone = rebuilt_encoder(recipe, files or {}, name=name, size=size)
         else:
-            backbone = load_backbone(name, pretrained=False, size=size)
+            backbone = remade(load_backbone(name, pretrained=False, size=size), recipe)
         classes = Named(tuple(config["classes"]))
         model = build_model(backbone, classes, head=config["head"], **config["options"])
         same = list(model.backbone.stage_names) == list(config["stages"])
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise AdaptkitError(f"This description of a model is incomplete or damaged: {e}.") from e
     check(
         same,
@@ -216,7 +217,7 @@ def save_model(
     record = {
         "version": VERSION,
         "files": {name: digest(text) for name, text in model.backbone.files.items()},
-        "config": model.config,
+        "config": {**model.config, **({"recipe": model.backbone.recipe} if model.backbone.recipe else {})},
         "classes": list(model.classes),
         "preprocess": model.preprocess,
     }

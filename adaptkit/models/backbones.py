@@ -5,8 +5,9 @@
 # %% ../../nbs/2_models/10_backbones.ipynb #4288a8a5
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from ..core.registry import AdaptkitError, Registry, check, require, unknown
 from .cutting import cut
 from .encoders import hub_encoder, load_encoder
+from .fusing import folded as folded
 from .fusing import fused as fused
 from .reading import small_text
 from .sources import adopt, from_file, read_weights, sha256, timm_net, torchvision_net, untrained
@@ -26,7 +28,7 @@ from .stages import check_pixels as check_pixels
 # %% auto #0
 __all__ = ['LITE0', 'BACKBONES', 'DEFAULTS', 'MINILM', 'known', 'lite0_weights', 'reference_name', 'lite0_classifier',
            'efficientnet_lite0', 'small_cnn', 'minilm_folder', 'minilm', 'from_scratch', 'library_backbone',
-           'find_library', 'load_backbone']
+           'find_library', 'load_backbone', 'with_stages', 'remade']
 
 # %% ../../nbs/2_models/10_backbones.ipynb #d57eb404
 LITE0 = WeightSource(
@@ -234,3 +236,31 @@ def load_backbone(
         return hub_encoder(name.removeprefix("transformers/"), pretrained=pretrained, weights=weights, size=size)
     library, bare = find_library(name)
     return library_backbone(library, bare, pretrained=pretrained, weights=weights, size=size)
+
+# %% ../../nbs/2_models/10_backbones.ipynb #954a7d12
+def with_stages(
+    backbone: Backbone,  # left as it is
+    names: Sequence[str],  # of the stages that stay; their order is the backbone's
+) -> Backbone:  # with copies of their weights
+    "The same backbone with some of its stages, if what one returns is what the next one takes."
+    wrong = [n for n in names if n not in backbone.stage_names]
+    if wrong or not names:
+        raise unknown("stage", wrong[0] if wrong else "", backbone.stage_names)
+    new, kept = copy.deepcopy(backbone), [n for n in backbone.stage_names if n in names]
+    new.stages = nn.ModuleList(new.stages[backbone.stage_names.index(n)] for n in kept)
+    new.stage_names, new.recipe = tuple(kept), {**new.recipe, "stages": kept}
+    try:
+        new.measure()
+    except (RuntimeError, AssertionError) as e:
+        said = f"{backbone.name} does not run with {', '.join(kept)} alone ({str(e)[:120]})"
+        raise AdaptkitError(f"{said}: keep the stages from the first one on.") from e
+    return new
+
+
+def remade(
+    backbone: Backbone,  # as load_backbone makes it
+    recipe: Mapping[str, Any],  # of the one that was saved
+) -> Backbone:
+    "Cut and fold a backbone as its recipe says."
+    new = with_stages(backbone, recipe["stages"]) if "stages" in recipe else backbone
+    return folded(new) if recipe.get("folded") else new

@@ -16,7 +16,7 @@ from ..core.registry import check
 from .cutting import close
 
 # %% auto #0
-__all__ = ['M', 'conv_bn_pairs', 'merge', 'probe_of', 'fused']
+__all__ = ['M', 'conv_bn_pairs', 'merge', 'folded', 'probe_of', 'fused']
 
 # %% ../../nbs/2_models/07_fusing.ipynb #45b57bd5
 def conv_bn_pairs(
@@ -60,10 +60,24 @@ def merge(
     module.set_submodule(bn_name, rest)
     return True
 
-# %% ../../nbs/2_models/07_fusing.ipynb #553f0e88
+# %% ../../nbs/2_models/07_fusing.ipynb #73cd5ee4
 M = TypeVar("M", bound=nn.Module)
 
 
+def folded(
+    module: M,  # left as it is
+) -> M:  # in evaluation mode
+    "A copy in which each part that has a method `folded` is replaced by what it returns."
+    new = copy.deepcopy(module).eval()
+    able: dict[str, Any] = {n: m for n, m in new.named_modules() if n and callable(getattr(m, "folded", None))}
+    for name, part in able.items():
+        new.set_submodule(name, part.folded())
+    made: list[Any] = [m for m in new.modules() if able and isinstance(getattr(m, "recipe", None), dict)]
+    for backbone in made:
+        backbone.recipe = {**backbone.recipe, "folded": True}  # so that it can be built again
+    return new
+
+# %% ../../nbs/2_models/07_fusing.ipynb #553f0e88
 def probe_of(
     module: nn.Module,  # with a method `example`, as backbones have it
 ) -> Tensor:  # on the device of the module
@@ -79,9 +93,9 @@ def fused(
     *,
     probe: Tensor | None = None,  # an input to prove it with; by default two random ones of its own
 ) -> M:  # a frozen copy in evaluation mode, channels_last
-    "A faster copy for inference: each BatchNorm folded into its convolution, where a probe proves it."
+    "A faster copy for inference: parts take their simpler form, each BatchNorm goes into its convolution, where a probe proves it."
     plain = copy.deepcopy(module).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    quick = copy.deepcopy(plain)
+    quick = folded(plain)
     x = probe_of(module) if probe is None else probe
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for conv, bn in conv_bn_pairs(quick, x):
