@@ -6,11 +6,14 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import comm
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -25,6 +28,7 @@ from adaptkit.heads.heads import Named, build_model
 from adaptkit.testing import toy_data
 from adaptkit.training.finder import RateCurve
 from adaptkit.widgets.data_labs import ChecksLab, ConfusionLab, corrected, export
+from adaptkit.widgets.distillation_lab import DistillationLab, doubt, relatives, soft_labels
 from adaptkit.widgets.head_lab import HeadLab
 from adaptkit.widgets.labs import LABS, Lab, check_lab, steps
 from adaptkit.widgets.robustness_lab import RobustnessLab
@@ -73,6 +77,11 @@ def robustness_lab() -> RobustnessLab:
         return RobustnessLab(net, x, net(x).argmax(1), classes=("a", "b", "c"))
 
 
+def distillation_lab() -> DistillationLab:
+    lab = robustness_lab()
+    return DistillationLab(lab.case.model, lab.case.x, lab.case.y, classes=lab.classes)
+
+
 def checks_lab() -> ChecksLab:
     two = (Finding("doubtful labels", "warning", "Doubted: 4 labels.", ROWS), Finding("copies within a split", "note", "Copies.", ROWS[:2]))
     return ChecksLab(DATA, DataReport("toy", DATA.fingerprint, two))
@@ -83,7 +92,7 @@ def keep_all(lab: Lab) -> None:
         lab.set(item=i, decision="keep")
 
 
-OURS = {"rate": rate_lab, "freezing": freeze_lab, "head": head_lab, "confusion": confusion_lab, "checks": checks_lab, "robustness": robustness_lab}
+OURS = {"rate": rate_lab, "freezing": freeze_lab, "head": head_lab, "confusion": confusion_lab, "checks": checks_lab, "robustness": robustness_lab, "distillation": distillation_lab}
 
 
 def click(lab: Lab, axes: int, x: float, y: float) -> None:
@@ -223,3 +232,24 @@ def test_the_export_button_says_what_is_wrong(tmp_path: Path) -> None:
     lab.set(decision="keep")
     row.children[1].click()
     assert "1 decisions are in" in said.value and (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize("given, words", [({"temperatures": (0.0, 1.0)}, "above 0"), ({"temperatures": (4.0, 1.0)}, "in order"), ({"temperatures": ()}, "in order"), ({"classes": ("a",)}, "name every class"), ({"temperatures": (1e-4,)}, "beyond")])
+def test_what_a_distillation_lab_refuses(given: dict[str, Any], words: str) -> None:
+    lab = robustness_lab()
+    with pytest.raises(AdaptkitError, match=words):
+        DistillationLab(lab.case.model, lab.case.x, lab.case.y, **{"classes": lab.classes} | given)
+
+
+def test_soft_labels_are_those_of_scipy() -> None:
+    logits = 5 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    soft = soft_labels(logits, 3.0)
+    assert np.allclose(soft, scipy.special.softmax(logits.numpy() / 3, axis=1), atol=1e-6)
+    assert np.allclose(doubt(soft), scipy.stats.entropy(soft.numpy(), axis=1) / np.log(4), atol=1e-5)
+    with pytest.raises(AdaptkitError, match="above 0"):
+        soft_labels(logits, 0)
+
+
+def test_relatives_leave_the_right_class_out() -> None:
+    table = relatives(torch.tensor([[0.8, 0.15, 0.05], [0.6, 0.1, 0.3], [0.5, 0.5, 0.0]]), torch.tensor([0, 0, 1]))
+    assert torch.allclose(table, torch.tensor([[0, 0.25 / 0.6, 0.35 / 0.6], [1, 0, 0], [0, 0, 0]]))

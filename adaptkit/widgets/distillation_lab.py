@@ -92,8 +92,9 @@ class DistillationLab(Lab):
     def controls(self) -> dict[str, Choice]:
         "Temperature and image."
         names = tuple((f"{i}: {self.classes[int(k)]}", i) for i, k in enumerate(self.y))
+        first = min(self.temperatures, key=lambda t: abs(t - 1))
         return {
-            "temperature": steps("temperature", self.temperatures, start=self.temperatures[0], form="g"),
+            "temperature": steps("temperature", self.temperatures, start=first, form="g"),
             "image": Choice("image", names, start=0),
         }
 
