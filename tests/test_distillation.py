@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -16,8 +19,22 @@ import torch
 
 from adaptkit import testing
 from adaptkit.core.registry import AdaptkitError
+from adaptkit.data.datasets import Batch, make_batch
+from adaptkit.data.images import Augment
+from adaptkit.data.sources import load_data
 from adaptkit.distillation import losses
-from adaptkit.distillation.losses import DISTILLATION_LOSSES, Correlation, Decoupled, SoftTargets, check_distillation_loss
+from adaptkit.distillation.losses import (
+    DISTILLATION_LOSSES,
+    Correlation,
+    Decoupled,
+    SoftTargets,
+    check_distillation_loss,
+)
+from adaptkit.heads.heads import build_model, seeded
+from adaptkit.models.backbones import load_backbone
+from adaptkit.models.tokens import WordDropout
+from adaptkit.training.beside import Beside, Companion, companion_of
+from adaptkit.training.cache import TrunkCache, Views
 from adaptkit.training.losses import smoothed_loss
 
 ROOT = Path(__file__).parents[1]
@@ -213,3 +230,99 @@ def test_nonsense_is_refused(call, says):
     s, t, y = logits(6, 5)
     with pytest.raises(AdaptkitError, match=says):
         call(s, t, y)
+
+
+# --- what a companion says, kept and asked ---------------------------------------------------------------
+
+
+def gap(kept: Beside, asked: Beside, rows: np.ndarray, *, view: int) -> float:
+    "Largest relative difference between what is kept and what is computed."
+    pairs = list(zip(kept.batches(rows, 8, view=view), asked.batches(rows, 8, view=view), strict=True))
+    assert all(torch.equal(a.index, b.index) and torch.equal(a.x, b.x) for a, b in pairs)
+    return max(float((a.beside - b.beside).abs().max() / b.beside.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "efficientnet_lite0", "timm/test_vit"])
+def test_kept_answers_are_the_computed_ones(name, data, model, tmp_path):
+    with seeded(0):
+        backbone = load_backbone(name, pretrained=False, **({"size": 40} if name != "timm/test_vit" else {}))
+    companion = Companion(build_model(backbone, data, seed=1))
+    views = Views(model.reader, Augment(rotate=30, shift=0.2, brightness=0.1), count=3, seed=5)
+    rows = np.random.default_rng(0).permutation(len(data.train))[:21]
+    streams = [Beside(data.train, views, None, cache, companion) for cache in (TrunkCache(tmp_path), None)]
+    assert max(gap(*streams, rows, view=view) for view in range(3)) <= 1e-6
+    batch = next(streams[0].batches(rows, 8, view=1))
+    seen = dataclasses.replace(views, spec=companion.reader)
+    shown = seen.make(make_batch(data.train, rows[:8], spec=companion.reader), 1)
+    assert torch.allclose(companion.whole(shown), batch.beside, atol=1e-5) and batch.beside.dtype == torch.float32
+
+
+def test_kept_answers_to_texts_are_the_computed_ones(tmp_path):
+    texts = load_data("support_topics")
+    companion, student = (build_model(name, texts, seed=1) for name in ("bag_of_embeddings", "character_cnn"))
+    views = Views(student.reader, WordDropout(0.0))
+    rows = np.arange(20)[::-1].copy()
+    streams = [Beside(texts.train, views, None, cache, Companion(companion)) for cache in (TrunkCache(tmp_path), None)]
+    assert gap(*streams, rows, view=0) <= 1e-6
+
+
+def test_two_tokenisers_dont_lose_the_same_words():
+    texts = load_data("support_topics")
+    bag, letters = (build_model(name, texts, seed=1) for name in ("bag_of_embeddings", "character_cnn"))
+    views = Views(letters.reader, WordDropout(0.2))
+    with pytest.raises(AdaptkitError, match="tokenise"):
+        Beside(texts.train, views, None, None, Companion(bag))
+    Beside(texts.train, Views(bag.reader, WordDropout(0.2)), None, None, Companion(bag))
+
+
+def test_answers_are_never_stale(data, model, tmp_path):
+    cache, rows = TrunkCache(tmp_path), np.arange(9)
+    teacher = build_model("small_cnn", data, size=24, seed=3)
+    views = Views(model.reader, Augment(rotate=20), count=3)
+
+    def answers(teacher=teacher, views=views, samples=data.train, view=1) -> torch.Tensor:
+        "From the cache, and at once compared with what a fresh companion says."
+        kept, asked = (Beside(samples, views, None, c, Companion(teacher)) for c in (cache, None))
+        assert gap(kept, asked, rows, view=view) <= 1e-6
+        return next(kept.batches(rows, 9, view=view)).beside
+
+    first = answers()
+    bumped, larger, other = (copy.deepcopy(teacher) for _ in range(3))
+    with torch.no_grad():
+        bumped.head[-1].bias[0] += 1e-3
+        next(other.backbone.stages[0].parameters()).mul_(1.01)
+    larger.preprocess["size"] = 30
+    changed = [answers(t) for t in (bumped, larger, other)]
+    changed += [answers(views=dataclasses.replace(views, seed=1)), answers(views=dataclasses.replace(views, change=Augment(rotate=21))), answers(view=2)]
+    changed += [answers(samples=data.train.take(np.arange(12)[::-1]))]
+    assert all(not torch.equal(first, v) for v in changed)
+    assert torch.equal(first, answers()) and len(list(tmp_path.glob("*.npy"))) == 8
+
+
+def test_a_companion_is_a_frozen_copy(data):
+    with seeded(0):
+        backbone = load_backbone("timm/test_resnet", pretrained=False, size=32)
+    teacher = build_model(backbone, data, head="mlp", dropout=0.5, seed=0).train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    companion = Companion(teacher)
+    x = teacher.example(6)
+    first = companion(x)
+    assert torch.equal(first, companion(x)) and not first.requires_grad  # no dropout, no gradient
+    assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.zero_()
+    assert torch.equal(first, companion(x))
+
+
+def test_a_batch_takes_its_companion_along():
+    batch = Batch(torch.rand(2, 3, 4, 5), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    assert batch.to("cpu").beside is None
+    assert dataclasses.replace(batch, beside=torch.ones(2, 7)).to("cpu").beside.shape == (2, 7)
+
+
+def test_what_is_no_model_is_no_companion():
+    with pytest.raises(AdaptkitError, match="is no model"):
+        companion_of(SimpleNamespace(companion="teacher"))
+    assert companion_of(object()) is None

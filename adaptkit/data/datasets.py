@@ -166,13 +166,15 @@ class Batch:
     x: Tensor  # float32 [B, 3, S, S] in [0, 1]; of texts int64 [B, 2, T], token numbers and mask
     y: Tensor  # int64 [B], numbers of the classes
     index: Tensor  # int64 [B], row numbers in the split
+    beside: Tensor | None = None  # [B, ...], what a companion network says of the same samples; None: there is none
 
     def __len__(self) -> int:
         return len(self.y)
 
     def to(self, device: torch.device | str) -> Batch:
         "The same batch on another device."
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.x, self.y, self.index)))
+        parts = (self.x, self.y, self.index, self.beside)
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in parts))  # type: ignore[arg-type]
 
 # %% ../../nbs/1_data/10_datasets.ipynb #3bd2a9f0
 def make_batch(

@@ -160,7 +160,7 @@ class Weighted:
     @property
     def config(self) -> dict[str, Any]:
         "Every field with its value."
-        return asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        return dict(asdict(self))  # type: ignore[call-overload]  # subclasses are dataclasses
 
     def __post_init__(self) -> None:
         found, given = self.config, ", ".join(f"{k}={v}" for k, v in self.config.items())
@@ -254,7 +254,7 @@ def check_distillation_loss(
         check(refused, f"{loss.name}: {given} must be refused with a sentence.")
     return loss
 
-
+# %% ../../nbs/5b_distillation/10_losses.ipynb #869d5736
 def check_case(
     loss: DistillationLoss,
     student: Tensor,  # logits, [B, C]

@@ -55,7 +55,7 @@ def attacked(
 ) -> Batch:  # other pixels, same labels
     "A batch of adversarial images for the network as it is now."
     x = attack.perturb(learner(network), batch.x, batch.y, generator=step_generator())
-    return Batch(x, batch.y, batch.index)
+    return replace(batch, x=x)
 
 # %% ../../nbs/5a_robustness/20_adversarial_training.ipynb #29c5a824
 def told(
@@ -71,6 +71,11 @@ class Around:
     base: Method
     name = "around"  # for records and folders
     needs_pixels = True  # what lies below the cut would have to be attacked, too
+
+    @property
+    def companion(self) -> Any:
+        "The network that the method inside wants beside the one that learns, if any."
+        return getattr(self.base, "companion", None)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class FreeTraining(Around):
         check(not kept, "Free training takes a step after each batch: leave accumulate at 1.")
         start = Ball(self.norm, self.eps).start(batch.x, generator=step_generator())
         kept.append((network, batch, (start - batch.x).requires_grad_()))
-        return self.base.loss(network, Batch(batch.x + kept[0][2], batch.y, batch.index))
+        return self.base.loss(network, replace(batch, x=batch.x + kept[0][2]))
 
     def step(self, model: Model, optimizer: torch.optim.Optimizer) -> Answer:
         "The step of the method inside, then the remaining replays."
@@ -93,7 +93,7 @@ class FreeTraining(Around):
         for _ in range(self.replays - 1):
             delta = moved_on(delta, batch.x, ball).requires_grad_()
             optimizer.zero_grad()
-            losses = self.base.loss(network, Batch(batch.x + delta, batch.y, batch.index))
+            losses = self.base.loss(network, replace(batch, x=batch.x + delta))
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             answer = self.base.step(model, optimizer)
         return answer

@@ -104,14 +104,15 @@ class TrunkCache:
         trunk: Trunk,  # what is frozen
     ) -> Path | None:  # a file of features, see the page before; None if the disk is full
         "The file with the trunk's output for one view; computed if it isn't there."
-        key = digest(samples.fingerprint, trunk.fingerprint, *views.key(view), "float16")
+        precision = "float32" if trunk.single else "float16"
+        key = digest(samples.fingerprint, trunk.fingerprint, *views.key(view), precision)
         path = self.folder / f"{key}.npy"
         if is_whole(path):
             os.utime(path)
             return path
         try:
             shape, ends = stored_shape(samples, views, trunk)
-            self._make_room(int(np.prod(shape)) * 2)
+            self._make_room(int(np.prod(shape)) * (4 if trunk.single else 2))
             with replacing(path) as part:
                 write_features(part, samples, views, view, trunk, shape=shape, ends=ends)
         except (OSError, ValueError) as e:
@@ -168,6 +169,9 @@ def _disk_full(error: BaseException) -> bool:
 class Trunk:
     "The frozen stages of a backbone, ready to compute: fused, without gradients, in evaluation mode."
 
+    label: ClassVar[str] = "frozen stages"  # what a progress bar says
+    single: ClassVar[bool] = False  # whether its outputs are kept in single precision instead of half
+
     def __init__(
         self,
         backbone: Backbone,  # its stages below `cut` must not change while this object is in use
@@ -217,11 +221,11 @@ def write_features(
     ends: Rows | None,  # of the samples, where they differ in length
     batch_size: int = 64,  # samples at a time; bounds the memory
 ) -> None:
-    "Run all samples through the trunk, texts of similar length together, writing float16 as we go."
+    "Run all samples through the trunk, texts of similar length together, writing as we go."
     with path.open("wb") as f:
-        layout = begin(f, shape, ends)
+        layout = begin(f, shape, ends, single=trunk.single)
         read = batches(samples, samples.by_length(), batch_size=batch_size, spec=views.spec)
-        for batch in progress(read, f"frozen stages, view {view}", total=math.ceil(len(samples) / batch_size)):
+        for batch in progress(read, f"{trunk.label}, view {view}", total=math.ceil(len(samples) / batch_size)):
             put(f, layout, batch.index.numpy(), trunk(views.make(batch, view)))
 
 # %% ../../nbs/4_training/30_cache.ipynb #c05192da

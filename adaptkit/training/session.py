@@ -19,6 +19,7 @@ from ..core.files import digest
 from ..core.registry import check, unknown
 from ..data.datasets import Batch, Data
 from ..heads.heads import Model
+from .beside import Beside, companion_of
 from .best import Best
 from .cache import Stream, Trunk, TrunkCache, Views
 from .compile import compiled, steps_only
@@ -72,6 +73,7 @@ class Session:
         net, optimizer = fabric.setup(learns, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = steps_only(net) if plan.compile else net, optimizer
         self.ledger = Ledger(self.model)  # on the device where the weights are by now
+        self.companion = companion_of(method, fabric.device)  # None, unless the method wants one
         self.streams: dict[str, Stream] = {}
         self.cut = -1
         self.move_cut()
@@ -96,7 +98,8 @@ class Session:
         change = self.plan.augment or CHANGES[self.data.kind]
         views = Views(self.model.reader, change, self.plan.views, self.plan.seed)
         cache = self.cache if self.plan.cache else None
-        self.streams = {n: Stream(getattr(self.data, n), views, trunk, cache) for n in ("train", "valid")}
+        learn = Beside(self.data.train, views, trunk, cache, self.companion)
+        self.streams = {"train": learn, "valid": Stream(self.data.valid, views, trunk, cache)}
 
     def set_rates(self) -> float:
         "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
@@ -246,7 +249,7 @@ def epoch_batches(
             rest = stream.batches(order, s.plan.batch_size, view=stream.views.number(epoch), start=s.step % s.per_epoch)
         batch = next(rest)
         x = batch.x.contiguous(memory_format=torch.channels_last) if batch.x.ndim == 4 else batch.x
-        yield Batch(x, batch.y, batch.index).to(s.fabric.device)
+        yield replace(batch, x=x).to(s.fabric.device)
 
 # %% ../../nbs/4_training/08_session.ipynb #04d8eeb1
 def checkpoint(s: Session, control: Control) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +36,7 @@ class Layout:
     start: int  # bytes in front of the numbers
     shape: tuple[int, ...]  # of all numbers: [N, ...], or [tokens, D] where samples differ in length
     ends: Rows | None = None  # [N], the token behind the last one of each sample; None: all samples have one shape
+    single: bool = False  # whether numbers are kept in single precision instead of half
 
     def span(self, row: int) -> tuple[int, int]:
         "First entry of a sample, and the one behind its last."
@@ -44,21 +45,29 @@ class Layout:
         return int(self.ends[row - 1]) if row else 0, int(self.ends[row])
 
     @property
+    def dtype(self) -> str:
+        "How a number is kept, as NumPy calls it."
+        return "<f4" if self.single else "<f2"
+
+    @property
     def width(self) -> int:
         "Bytes of one entry."
-        return int(np.prod(self.shape[1:])) * 2
+        return int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
 
 # %% ../../nbs/4_training/28_stored.ipynb #f6032474
 def begin(
     f: BinaryIO,  # at its start
     shape: Sequence[int],  # of all numbers: [N, ...], or [tokens, D]
     ends: Rows | None = None,  # where samples differ in length
+    *,
+    single: bool = False,  # whether numbers are kept in single precision instead of half
 ) -> Layout:
     "Write what stands in front of the numbers."
+    layout = Layout(0, tuple(shape), ends, single)
     if ends is not None:
         np.save(f, ends)
-    np.lib.format.write_array_header_1_0(f, {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)})
-    return Layout(f.tell(), tuple(shape), ends)
+    np.lib.format.write_array_header_1_0(f, {"descr": layout.dtype, "fortran_order": False, "shape": layout.shape})
+    return replace(layout, start=f.tell())
 
 
 def layout_of(
@@ -69,7 +78,7 @@ def layout_of(
     if dtype == np.int64:
         ends = np.frombuffer(f.read(8 * shape[0]), np.int64)
         shape, dtype = header(f)
-    return Layout(f.tell(), shape, ends)
+    return Layout(f.tell(), shape, ends, dtype == np.float32)
 
 
 def header(
@@ -100,7 +109,7 @@ def put(
     features: Tensor,  # [B, ...], or [B, T, D] with T at least the longest of them
 ) -> None:
     "Write the features of some samples where they belong."
-    numbers = half(features).cpu().contiguous().numpy()
+    numbers = (features.float() if layout.single else half(features)).cpu().contiguous().numpy()
     for row, values in zip(rows.tolist(), numbers, strict=True):
         first, end = layout.span(row)
         f.seek(layout.start + first * layout.width)
@@ -113,7 +122,7 @@ def take(
     rows: Rows,  # [B], which samples
 ) -> Tensor:  # float32 [B, ...]; padded with zeros to the longest of them where lengths differ
     "Read the features of some samples; the file is mapped anew, so that what was read can leave memory again."
-    stored = np.memmap(f, "<f2", "r", layout.start, layout.shape)
+    stored = np.memmap(f, layout.dtype, "r", layout.start, layout.shape)
     if layout.ends is None:
         return torch.from_numpy(np.asarray(stored[rows])).float()
     spans = [layout.span(row) for row in rows.tolist()]

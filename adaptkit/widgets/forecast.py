@@ -79,7 +79,7 @@ def prices(
     x = (
         kept[0].x.contiguous(memory_format=torch.channels_last) if kept[0].x.ndim == 4 else kept[0].x
     )  # as the loop does
-    batch = Batch(x, kept[0].y, kept[0].index).to(session.fabric.device)
+    batch = replace(kept[0], x=x).to(session.fabric.device)
     learn_once(session, batch)
     return Prices(reading, usual_time(lambda: learn_once(session, batch)) / len(batch))
 
