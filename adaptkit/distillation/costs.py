@@ -194,6 +194,8 @@ def draw_choice(
     choice: Choice,  # at least one network
 ) -> Figure:
     "Multiply-adds across, time up, both in powers of ten; the area of a disc is the number of parameters."
+    from matplotlib.ticker import LogLocator, NullLocator
+
     from adaptkit.core.figures import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -207,8 +209,9 @@ def draw_choice(
         )
     ax.set(xscale="log", yscale="log", xlabel="million multiply-adds", ylabel="one input, ms, one thread")
     for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     ax.margins(0.3)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
