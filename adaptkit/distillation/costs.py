@@ -156,7 +156,7 @@ def costs(
     seed: int = 0,  # of the order
 ) -> list[Cost]:  # in the same order
     "What models cost once they are folded; timed in turns, on the CPU."
-    ready = {name: fused(m.cpu()) for name, m in models.items()}
+    ready = {name: fused(m).cpu() for name, m in models.items()}
     took = latencies(ready, rounds=rounds, seed=seed)
     return [Cost(name, m.size, count(m)[0], multiply_adds(m), megabytes(m), took[name]) for name, m in ready.items()]
 
