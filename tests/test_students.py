@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,8 +13,12 @@ from torchvision import models
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.distillation.costs import compare_students, latencies, median_of, megabytes, multiply_adds, threads
-from adaptkit.heads.heads import Named, build_model, save_model
-from adaptkit.models.backbones import lite0_classifier
+from adaptkit.distillation.cutting import cut_layers
+from adaptkit.distillation.students import Branches
+from adaptkit.heads.heads import Named, build_model, load_model, save_model
+from adaptkit.models.backbones import folded, fused, lite0_classifier, load_backbone
+from adaptkit.models.reading import over_tokens
+from adaptkit.testing import check_backbone
 
 FIVE = Named(tuple("abcde"))
 
@@ -115,3 +122,195 @@ def test_nothing_to_compare_and_unknown_names_are_refused():
         compare_students(["mobile_smal"], FIVE)
     with pytest.raises(AdaptkitError, match="rounds=2"):
         compare_students(["small_cnn"], FIVE, size=24, rounds=2)
+
+
+# --- branches that fold ----------------------------------------------------------------------------
+
+
+def lived(module, seed=0):
+    "Norms as a training leaves them."
+    torch.manual_seed(seed)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.5, 0.5), nn.init.uniform_(m.running_var, 0.2, 3)
+            nn.init.uniform_(m.weight, -1, 2), nn.init.uniform_(m.bias, -0.5, 0.5)
+    return module.eval()
+
+
+LAYERS = {
+    "dense": Branches(6, 6),
+    "two groups": Branches(6, 6, groups=2),
+    "depthwise": Branches(6, 6, groups=6),
+    "pointwise with identity": Branches(6, 6, kernel=1),
+    "other channels": Branches(6, 10, kernel=5),
+    "stride": Branches(6, 6, stride=2, groups=6),
+}
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_branches_fold_exactly(name):
+    layer, x = lived(LAYERS[name]), torch.randn(3, 6, 11, 8)
+    one = layer.folded()
+    assert [type(m) for m in one] == [nn.Conv2d, nn.ReLU]
+    with torch.no_grad():
+        torch.testing.assert_close(one(x), layer(x), rtol=1e-5, atol=1e-5)
+        assert float(layer(x).max()) > 0.1
+
+
+def test_the_folded_kernel_is_the_formula_of_the_paper():
+    "RepVGG, equation 3, in numpy, on a dense layer of two channels."
+    layer = lived(Branches(2, 2))
+    total, shift = np.zeros((2, 2, 3, 3)), np.zeros(2)
+    for branch in layer.branches:
+        norm = branch if isinstance(branch, nn.BatchNorm2d) else branch[1]
+        gamma, beta, mean, var = (t.detach().double().numpy() for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+        kernel = np.zeros((2, 2, 3, 3))
+        if norm is branch:
+            kernel[[0, 1], [0, 1], 1, 1] = 1
+        elif branch[0].kernel_size == (1, 1):
+            kernel[:, :, 1, 1] = branch[0].weight.detach().numpy()[:, :, 0, 0]
+        else:
+            kernel = branch[0].weight.detach().double().numpy()
+        scale = gamma / np.sqrt(var + norm.eps)
+        total, shift = total + kernel * scale[:, None, None, None], shift + beta - mean * scale
+    one = layer.folded()[0]
+    assert np.allclose(one.weight.detach(), total, atol=1e-6) and np.allclose(one.bias.detach(), shift, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mobile_tiny", "mobile_small", "mobile_medium"])
+def test_the_family_keeps_the_contract_before_and_after_folding(name):
+    backbone = lived(load_backbone(name, size=40))
+    assert backbone.name == name and backbone.source.origin == "random initialisation"
+    check_backbone(backbone)
+    single, x = folded(backbone), backbone.example(2)
+    check_backbone(single)
+    assert backbone.recipe == {} and single.recipe == {"folded": True}
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in single.modules())
+    assert sum(isinstance(m, nn.Conv2d) for m in single.modules()) == 17  # stem, eight blocks of two
+    with torch.no_grad():
+        gap = (single(x) - backbone(x)).abs().max() / backbone(x).abs().max()
+        assert float(gap) < 1e-5
+        assert float((fused(backbone)(x) - single(x)).abs().max() / backbone(x).abs().max()) < 1e-5
+
+
+def test_all_branches_learn_and_the_first_step_already_falls():
+    model = build_model("mobile_tiny", FIVE, size=20, seed=1).train()
+    x, y = torch.rand(8, 3, 20, 20), torch.arange(8) % 5
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_folded_student_is_saved_and_loaded(tmp_path):
+    model = build_model("mobile_tiny", FIVE, size=20, seed=1)
+    lived(model)
+    save_model(folded(model), tmp_path)
+    back, x = load_model(tmp_path), model.example(3)
+    assert json.loads((tmp_path / "model.json").read_text())["config"]["recipe"] == {"folded": True}
+    with torch.no_grad():
+        torch.testing.assert_close(back(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, words", [({"weights": "x.safetensors"}, "leave `weights` out"), ({"size": 16}, "at least 17")]
+)
+def test_what_the_family_cannot_do_is_said(arguments, words):
+    with pytest.raises(AdaptkitError, match=words):
+        load_backbone("mobile_small", **arguments)
+    with pytest.raises(AdaptkitError, match="no middle"):
+        Branches(3, 4, kernel=2)
+
+
+# --- layers cut from a teacher ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader():
+    "A teacher that reads."
+    return build_model("minilm", FIVE, size=16, seed=3).eval()
+
+
+def test_the_first_layers_of_a_reader_answer_as_its_own_hidden_states(reader):
+    student, x = cut_layers(reader, 2).eval(), reader.example(3)
+    with torch.no_grad():
+        below = over_tokens(reader.backbone(x, stop=3))
+        torch.testing.assert_close(student.backbone(x), below, rtol=0, atol=1e-6)
+        torch.testing.assert_close(student(x), reader.head(below), rtol=0, atol=1e-5)
+    check_backbone(student.backbone)
+    assert student.backbone.recipe["encoder"]["num_hidden_layers"] == 2 and "layer1, layer2" in student.backbone.note
+
+
+def test_any_layers_of_a_reader_are_copied_and_the_teacher_is_left(reader):
+    before = {k: v.clone() for k, v in reader.state_dict().items()}
+    student = cut_layers(reader, ["layer2", "layer5"])
+    for mine, theirs in ((1, 2), (2, 5)):
+        own, old = (m.backbone.stages[i].state_dict() for m, i in ((student, mine), (reader, theirs)))
+        assert own.keys() == old.keys() and all(torch.equal(own[k], old[k]) for k in own)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    assert all(torch.equal(v, before[k]) for k, v in reader.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [1, 4, ["conv_stem", "blocks.0"]], ids=str)
+def test_stages_of_a_network_that_sees(keep, tmp_path):
+    teacher = build_model(load_backbone("efficientnet_lite0", pretrained=False, size=40), FIVE, seed=0).eval()
+    student, x = cut_layers(teacher, keep).eval(), teacher.example(2)
+    n = keep if isinstance(keep, int) else len(keep)
+    with torch.no_grad():
+        assert torch.equal(student.backbone(x), teacher.backbone(x, stop=n))
+    save_model(student, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(x), student(x))
+
+
+def test_a_head_with_cells_is_made_anew_for_the_larger_map():
+    teacher = build_model("small_cnn", FIVE, head="dense", size=32)
+    student = cut_layers(teacher, 2)
+    assert student(teacher.example(2)).shape == (2, 5)
+    assert student.config["options"]["cells"] > teacher.config["options"]["cells"]
+
+
+def test_a_saved_reader_keeps_its_two_layers(reader, tmp_path):
+    student, x = cut_layers(reader, 2).eval(), reader.example(2)
+    save_model(student, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(x), student(x))
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [
+        (0, "give 1 to 6"),
+        (7, "give 1 to 6"),
+        ([], "Unknown stage"),
+        (["layer7"], "Did you mean 'layer6'"),
+        (["embeddings"], "at least one layer"),
+    ],
+)
+def test_layers_that_are_not_there(reader, keep, words):
+    with pytest.raises(AdaptkitError, match=words):
+        cut_layers(reader, keep)
+
+
+def test_what_cannot_be_cut_is_said():
+    with pytest.raises(AdaptkitError, match="does not run with conv2 alone"):
+        cut_layers(build_model("small_cnn", FIVE, size=32), ["conv2"])
+    with pytest.raises(AdaptkitError, match="no transformer in layers"):
+        cut_layers(build_model("character_cnn", FIVE), 1)
+
+
+def test_a_damaged_recipe_is_an_error(tmp_path):
+    save_model(cut_layers(build_model("small_cnn", FIVE, size=32), 2), tmp_path)
+    record = json.loads((tmp_path / "model.json").read_text())
+    for recipe in (["stages"], {"stages": ["nonsense"]}, {"stages": 5}):
+        record["config"]["recipe"] = recipe
+        (tmp_path / "model.json").write_text(json.dumps(record))
+        with pytest.raises(AdaptkitError):
+            load_model(tmp_path)

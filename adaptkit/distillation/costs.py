@@ -156,7 +156,7 @@ def costs(
     seed: int = 0,  # of the order
 ) -> list[Cost]:  # in the same order
     "What models cost once they are folded; timed in turns, on the CPU."
-    ready = {name: fused(m.cpu()) for name, m in models.items()}
+    ready = {name: fused(m).cpu() for name, m in models.items()}
     took = latencies(ready, rounds=rounds, seed=seed)
     return [Cost(name, m.size, count(m)[0], multiply_adds(m), megabytes(m), took[name]) for name, m in ready.items()]
 
@@ -194,6 +194,8 @@ def draw_choice(
     choice: Choice,  # at least one network
 ) -> Figure:
     "Multiply-adds across, time up, both in powers of ten; the area of a disc is the number of parameters."
+    from matplotlib.ticker import LogLocator, NullLocator
+
     from adaptkit.core.figures import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -207,8 +209,9 @@ def draw_choice(
         )
     ax.set(xscale="log", yscale="log", xlabel="million multiply-adds", ylabel="one input, ms, one thread")
     for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     ax.margins(0.3)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
