@@ -5,6 +5,7 @@
 # %% ../../nbs/9_widgets/25_distillation_lab.ipynb #bef7c64d
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,8 @@ def doubt(
     soft: Tensor,  # probabilities, [N, K], K of at least 2
 ) -> Tensor:  # [N], from 0 (certain) to 1 (a guess)
     "Entropy, as a share of that of a guess."
-    return torch.special.entr(soft).sum(1) / torch.tensor(float(soft.shape[1])).log()
+    entropy: Tensor = torch.special.entr(soft).sum(1)
+    return entropy / math.log(soft.shape[1])
 
 # %% ../../nbs/9_widgets/25_distillation_lab.ipynb #f87d55ad
 def relatives(
