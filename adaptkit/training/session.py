@@ -74,8 +74,7 @@ class Session:
         self.net, self.optimizer = steps_only(net) if plan.compile else net, optimizer
         self.ledger = Ledger(self.model)  # on the device where the weights are by now
         self.companion = companion_of(method, fabric.device)  # None, unless the method wants one
-        self.streams: dict[str, Stream] = {}
-        self.cut = -1
+        self.cut, self.streams = -1, dict[str, Stream]()
         self.move_cut()
 
     @property
@@ -95,11 +94,10 @@ class Session:
             return
         self.cut = lowest
         trunk = Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
-        change = self.plan.augment or CHANGES[self.data.kind]
-        views = Views(self.model.reader, change, self.plan.views, self.plan.seed)
-        cache = self.cache if self.plan.cache else None
-        learn = Beside(self.data.train, views, trunk, cache, self.companion)
-        self.streams = {"train": learn, "valid": Stream(self.data.valid, views, trunk, cache)}
+        views = Views(self.model.reader, self.plan.augment or CHANGES[self.data.kind], self.plan.views, self.plan.seed)
+        ways = (views, trunk, self.cache if self.plan.cache else None)
+        learn = Beside(self.data.train, *ways, self.companion)
+        self.streams = {"train": learn, "valid": Stream(self.data.valid, *ways)}
 
     def set_rates(self) -> float:
         "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
