@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import tomllib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from PIL import Image
 
 from adaptkit import testing
 from adaptkit.core.registry import AdaptkitError
@@ -23,6 +25,7 @@ from adaptkit.data.datasets import Batch, make_batch
 from adaptkit.data.images import Augment
 from adaptkit.data.sources import load_data
 from adaptkit.distillation import losses
+from adaptkit.distillation.distillation import Distillation, unlabelled
 from adaptkit.distillation.losses import (
     DISTILLATION_LOSSES,
     Correlation,
@@ -30,14 +33,32 @@ from adaptkit.distillation.losses import (
     SoftTargets,
     check_distillation_loss,
 )
-from adaptkit.heads.heads import build_model, seeded
+from adaptkit.evaluation.evaluate import predict
+from adaptkit.heads.heads import Named, build_model, seeded
 from adaptkit.models.backbones import load_backbone
 from adaptkit.models.tokens import WordDropout
-from adaptkit.training.beside import Beside, Companion, companion_of
+from adaptkit.robustness.adversarial_training import AdversarialTraining
+from adaptkit.robustness.attacks import PGD
+from adaptkit.testing import check_method, toy_model
+from adaptkit.training.beside import Beside, Companion, companion_of, model_fingerprint
 from adaptkit.training.cache import TrunkCache, Views
+from adaptkit.training.control import When
+from adaptkit.training.finetune import FineTune
+from adaptkit.training.loop import fit
 from adaptkit.training.losses import smoothed_loss
+from adaptkit.training.methods import Network
+from adaptkit.training.session import Plan, fingerprint
 
 ROOT = Path(__file__).parents[1]
+PLAN = Plan(epochs=2, batch_size=12, views=2, augment=Augment(hflip=True), accelerator="cpu")
+TUNE = FineTune(depth=3, rate=1e-2, head_rate=1e-2)
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def teacher(data):
+    "A small network of another size."
+    return build_model("small_cnn", data, size=28, seed=4)
 
 
 def logits(images: int, classes: int, *, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -326,3 +347,155 @@ def test_what_is_no_model_is_no_companion():
     with pytest.raises(AdaptkitError, match="is no model"):
         companion_of(SimpleNamespace(companion="teacher"))
     assert companion_of(object()) is None
+
+
+# --- the method --------------------------------------------------------------------------------------------
+
+
+def test_the_method_keeps_the_contract(data):
+    teacher = build_model("small_cnn", data, size=20, seed=4)
+    check_method(Distillation(teacher, base=TUNE, weight=0.5), data=data)
+
+
+def test_weight_zero_is_the_method_inside_to_the_bit(data, model, teacher, tmp_path):
+    runs = [fit(model, data, m, plan=PLAN, out=tmp_path / str(i), observers=[]) for i, m in enumerate((TUNE, Distillation(teacher, base=TUNE, weight=0.0)))]
+    assert fingerprint(runs[0].model) == fingerprint(runs[1].model)
+
+
+def test_kept_and_asked_teachers_teach_the_same(data, model, teacher, tmp_path):
+    plans = [dataclasses.replace(PLAN, cache=cache) for cache in (True, False)]
+    runs = [fit(model, data, Distillation(teacher, base=TUNE), plan=p, out=tmp_path / str(p.cache), observers=[]) for p in plans]
+    pairs = zip(*(run.model.state_dict().values() for run in runs), strict=True)
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-4) for a, b in pairs)
+
+
+def test_a_teacher_in_training_mode_teaches_the_same_and_stays_as_it_is(data, model, tmp_path):
+    with seeded(0):
+        teacher = build_model(load_backbone("timm/test_resnet", pretrained=False, size=32), data, head="mlp", dropout=0.5, seed=0)
+    before, runs = copy.deepcopy(teacher.state_dict()), []
+    for mode in (True, False):
+        runs.append(fit(model, data, Distillation(teacher.train(mode), base=TUNE), plan=PLAN, out=tmp_path / str(mode), observers=[]))
+        assert all(m.training == mode for m in teacher.modules())
+    assert fingerprint(runs[0].model) == fingerprint(runs[1].model)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_classes_are_matched_by_name(data, model, teacher, tmp_path):
+    turned = build_model("small_cnn", Named(data.classes[::-1]), size=28, seed=4)
+    turned.backbone.load_state_dict(teacher.backbone.state_dict())
+    turned.head.load_state_dict({k: v.flip(0) for k, v in teacher.head.state_dict().items()})
+    wider = Named(("grey", *data.classes))
+    runs = [fit(model, data, Distillation(t, base=TUNE), plan=PLAN, out=tmp_path / str(i), observers=[]) for i, t in enumerate((teacher, turned))]
+    pairs = zip(*(run.model.state_dict().values() for run in runs), strict=True)
+    assert all(torch.allclose(a.float(), b.float(), atol=1e-5) for a, b in pairs)
+    Distillation(build_model("small_cnn", wider, size=28)).prepare(copy.deepcopy(model))
+
+
+def test_a_killed_distillation_goes_on_to_the_same_bits(data, model, teacher, tmp_path):
+    method, plan = Distillation(teacher, base=TUNE), dataclasses.replace(PLAN, checkpoint_every=4)
+    whole = fit(model, data, method, plan=plan, out=tmp_path / "whole", observers=[])
+
+    class Cut:
+        "Pulls the plug between two checkpoints."
+
+        on = (When.STEP,)
+
+        def __call__(self, event):
+            if event.step == 6:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, method, plan=plan, out=tmp_path / "cut", observers=[Cut()])
+    again = fit(model, data, method, plan=plan, out=tmp_path / "cut", exists="resume", observers=[])
+    assert fingerprint(again.model) == fingerprint(whole.model)
+
+
+def test_another_teacher_is_another_request(data, model, teacher, tmp_path):
+    fit(model, data, Distillation(teacher, base=TUNE), plan=PLAN, out=tmp_path / "run", observers=[])
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.head[-1].bias[0] += 1e-3
+    with pytest.raises(AdaptkitError, match="holds a run with other"):
+        fit(model, data, Distillation(other, base=TUNE), plan=PLAN, out=tmp_path / "run", exists="resume", observers=[])
+
+
+def test_the_student_is_asked_once_and_attacks_dont_count(data, model, teacher):
+    batch = Batch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]), torch.arange(4), torch.randn(4, 2))
+    asked = []
+
+    def forward(x):
+        asked.append(x)
+        return model(x)
+
+    losses = Distillation(teacher, base=TUNE).loss(Network(forward, model), batch)
+    assert len(asked) == 1 and set(losses) == {"cross-entropy", "distillation"}
+    asked.clear()
+    around = AdversarialTraining(PGD(0.05, steps=2), Distillation(teacher, base=TUNE))
+    assert around.companion is teacher
+    around.loss(Network(forward, model), batch)
+    assert not torch.equal(asked[-1], batch.x)  # the attacked student gives the answers to the clean image
+    Distillation(teacher, base=AdversarialTraining(PGD(0.05, steps=2), TUNE)).loss(Network(forward, model), batch)
+    assert asked[-1] is batch.x
+
+
+def test_an_adversarial_student_is_taught(data, model, teacher, tmp_path):
+    method = AdversarialTraining(PGD(0.02, steps=1), Distillation(teacher, base=TUNE))
+    told = fit(model, data, method, plan=PLAN, out=tmp_path / "run", observers=[]).record["method"]
+    assert told["base"]["teacher"]["weights"] == model_fingerprint(teacher) and told["base"]["compare"]["name"] == "soft"
+
+
+def test_a_run_or_its_folder_may_teach(data, model, tmp_path):
+    run = fit(model, data, TUNE, plan=PLAN, out=tmp_path / "run", observers=[])
+    marks = {model_fingerprint(Distillation(t).companion) for t in (run, run.folder, str(run.folder), run.model)}
+    assert len(marks) == 1
+
+
+def test_a_larger_student_is_allowed_and_told(data, model):
+    tiny = copy.deepcopy(model)
+    tiny.backbone.stages[-1] = torch.nn.Identity()
+    with pytest.warns(UserWarning, match="its teacher"):
+        Distillation(tiny).prepare(copy.deepcopy(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Distillation(model).prepare(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda d, t: Distillation(t, temperature=0), "above 0"),
+        (lambda d, t: Distillation(t, temperature=-1), "above 0"),
+        (lambda d, t: Distillation(t, temperature=float("nan")), "above 0"),
+        (lambda d, t: Distillation(t, weight=1.5), "0 to 1"),
+        (lambda d, t: Distillation(t, compare="soft"), "e.g. SoftTargets"),
+        (lambda d, t: Distillation(t, base=Distillation(t)), "one companion"),
+        (lambda d, t: Distillation(3), "give a model, a run"),
+        (lambda d, t: Distillation("nowhere/at/all"), "holds no trained model"),
+        (lambda d, t: Distillation(build_model("small_cnn", Named(("dark", "blue")))).prepare(toy_model(d)), "can't tell bright"),
+        (lambda d, t: Distillation(build_model("bag_of_embeddings", d)).prepare(toy_model(d)), "reads texts, the student images"),
+        (lambda d, t: Distillation(t).loss(Network(t, t), Batch(t.example(2), torch.tensor([0, 1]), torch.arange(2))), "No teacher's answers"),
+        (lambda d, t: unlabelled("nowhere/at/all", t), "no folder"),
+    ],
+)
+def test_a_teacher_that_cant_teach_is_refused(make, says, data, teacher):
+    with pytest.raises(AdaptkitError, match=says):
+        make(data, teacher)
+
+
+def test_images_without_labels_are_taught(data, model, teacher, tmp_path):
+    (tmp_path / "pictures/deep").mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(data.train.image(i)).save(tmp_path / f"pictures/deep/{i}.png")
+    (tmp_path / "pictures/notes.txt").write_text("not an image")
+    longer = dataclasses.replace(PLAN, epochs=10, batch_size=8)
+    knows = fit(model, data, TUNE, plan=longer, out=tmp_path / "teacher", observers=[])
+    found = unlabelled(tmp_path / "pictures", knows.model)
+    assert [len(s) for s in found.splits.values()] == [24, 3, 3] and found.classes == data.classes
+    for samples in found.splits.values():
+        assert [data.train.labels[int(Path(samples.name(i)).stem)] for i in range(len(samples))] == samples.labels.tolist()
+    fresh = toy_model(data)
+    run = fit(fresh, found, Distillation(knows, weight=1.0, base=TUNE), plan=longer, out=tmp_path / "run", observers=[])
+    assert (predict(run.model, data.test).predicted == data.test.labels).mean() > 0.9
+    with pytest.raises(AdaptkitError, match="at least 10"):
+        unlabelled(tmp_path / "teacher", teacher, max_unreadable=1.0)
