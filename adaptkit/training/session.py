@@ -92,14 +92,11 @@ class Session:
         lowest = 0 if self.method.needs_pixels else min(names.index(g.name) for g in self.groups)
         if lowest == self.cut:
             return
-        self.cut = lowest
-        trunk = Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
+        self.cut, trunk = lowest, Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
         views = Views(self.model.reader, self.plan.augment or CHANGES[self.data.kind], self.plan.views, self.plan.seed)
         ways = (views, trunk, self.cache if self.plan.cache else None)
-        self.streams = {
-            "train": Beside(self.data.train, *ways, self.companion),
-            "valid": Stream(self.data.valid, *ways),
-        }
+        learn = Beside(self.data.train, *ways, self.companion)
+        self.streams = {"train": learn, "valid": Stream(self.data.valid, *ways)}
 
     def set_rates(self) -> float:
         "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
