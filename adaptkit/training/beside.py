@@ -100,10 +100,18 @@ class Beside(Stream):
         if self.companion is None:
             yield from own
             return
-        reads = replace(self.views, spec=self.companion.reader)
-        other = Stream(self.samples, reads, self.companion, self.cache)
-        for batch, answers in zip(own, other.batches(order, batch_size, view=view, start=start), strict=True):
-            yield replace(batch, beside=answers.x)
+        said = self._answers(self.companion, order[start * batch_size :], batch_size, view)
+        for batch, answers in zip(own, said, strict=True):
+            yield replace(batch, beside=answers)
+
+    def _answers(self, companion: Companion, order: np.ndarray, batch_size: int, view: int) -> Iterator[Tensor]:
+        other = Stream(self.samples, replace(self.views, spec=companion.reader), companion)
+        path = self.cache.entry(other.samples, other.views, view, companion) if self.cache else None
+        if path is None:
+            yield from (b.x for b in other.batches(order, batch_size, view=view))
+            return
+        for chunk in other._stored(path, order, 64 * batch_size):  # answers are small: many batches at once
+            yield from torch.split(chunk.x, batch_size)
 
 # %% ../../nbs/4_training/32_beside.ipynb #25392f26
 def companion_of(
