@@ -19,7 +19,7 @@ from ..core.files import digest
 from ..core.registry import check, unknown
 from ..data.datasets import Batch, Data
 from ..heads.heads import Model
-from .beside import Beside, companion_of
+from .beside import companion_of, streams_of
 from .best import Best
 from .cache import Stream, Trunk, TrunkCache, Views
 from .compile import compiled, steps_only
@@ -73,9 +73,8 @@ class Session:
         net, optimizer = fabric.setup(learns, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = steps_only(net) if plan.compile else net, optimizer
         self.ledger = Ledger(self.model)  # on the device where the weights are by now
-        self.companion = companion_of(method, fabric.device)  # None, unless the method wants one
         self.streams: dict[str, Stream] = {}
-        self.cut = -1
+        self.companion, self.cut = companion_of(method, fabric.device), -1  # a companion if the method wants one
         self.move_cut()
 
     @property
@@ -95,11 +94,9 @@ class Session:
             return
         self.cut = lowest
         trunk = Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
-        change = self.plan.augment or CHANGES[self.data.kind]
-        views = Views(self.model.reader, change, self.plan.views, self.plan.seed)
+        views = Views(self.model.reader, self.plan.augment or CHANGES[self.data.kind], self.plan.views, self.plan.seed)
         cache = self.cache if self.plan.cache else None
-        learn = Beside(self.data.train, views, trunk, cache, self.companion)
-        self.streams = {"train": learn, "valid": Stream(self.data.valid, views, trunk, cache)}
+        self.streams = streams_of(self.data, views, trunk, cache=cache, companion=self.companion)
 
     def set_rates(self) -> float:
         "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
