@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..core.files import digest
 from ..core.registry import check
-from ..data.datasets import Batch
-from .cache import Stream, Trunk, Views
+from ..data.datasets import Batch, Data
+from .cache import Stream, Trunk, TrunkCache, Views
 
 if TYPE_CHECKING:
     from adaptkit.heads.heads import Model
 
 # %% auto #0
-__all__ = ['model_fingerprint', 'Companion', 'check_same_words', 'Beside', 'companion_of']
+__all__ = ['model_fingerprint', 'Companion', 'check_same_words', 'Beside', 'companion_of', 'streams_of']
 
 # %% ../../nbs/4_training/32_beside.ipynb #09612e0a
 def model_fingerprint(
@@ -76,7 +76,7 @@ def check_same_words(
         f"The network and its companion tokenise differently, so {views.change} would hide different words from them: set augment=WordDropout(0), or choose a companion with the same tokeniser.",
     )
 
-
+# %% ../../nbs/4_training/32_beside.ipynb #8600eca2
 @dataclass
 class Beside(Stream):
     "Batches with a companion's answers in `beside`; without a companion, a stream like any other."
@@ -100,10 +100,18 @@ class Beside(Stream):
         if self.companion is None:
             yield from own
             return
-        reads = replace(self.views, spec=self.companion.reader)
-        other = Stream(self.samples, reads, self.companion, self.cache)
-        for batch, answers in zip(own, other.batches(order, batch_size, view=view, start=start), strict=True):
-            yield replace(batch, beside=answers.x)
+        said = self._answers(self.companion, order[start * batch_size :], batch_size, view)
+        for batch, answers in zip(own, said, strict=True):
+            yield replace(batch, beside=answers)
+
+    def _answers(self, companion: Companion, order: np.ndarray, batch_size: int, view: int) -> Iterator[Tensor]:
+        other = Stream(self.samples, replace(self.views, spec=companion.reader), companion)
+        path = self.cache.entry(other.samples, other.views, view, companion) if self.cache else None
+        if path is None:
+            yield from (b.x for b in other.batches(order, batch_size, view=view))
+            return
+        for chunk in other._stored(path, order, 64 * batch_size):  # answers are small: many batches at once
+            yield from torch.split(chunk.x, batch_size)
 
 # %% ../../nbs/4_training/32_beside.ipynb #25392f26
 def companion_of(
@@ -119,3 +127,18 @@ def companion_of(
         has, f"companion={wanted!r} of {type(method).__name__} is no model: give one made by build_model or load_model."
     )
     return Companion(wanted, device)
+
+# %% ../../nbs/4_training/32_beside.ipynb #72c45577
+def streams_of(
+    data: Data,
+    views: Views,  # of the network that learns
+    trunk: Trunk | None,  # its frozen stages, if it has any
+    *,
+    cache: TrunkCache | None,  # None: everything is computed for each batch
+    companion: Companion | None,  # None: there is none
+) -> dict[str, Stream]:  # train, with the companion's answers, and valid
+    "What a training reads."
+    return {
+        "train": Beside(data.train, views, trunk, cache, companion),
+        "valid": Stream(data.valid, views, trunk, cache),
+    }

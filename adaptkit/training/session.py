@@ -19,7 +19,7 @@ from ..core.files import digest
 from ..core.registry import check, unknown
 from ..data.datasets import Batch, Data
 from ..heads.heads import Model
-from .beside import Beside, companion_of
+from .beside import companion_of, streams_of
 from .best import Best
 from .cache import Stream, Trunk, TrunkCache, Views
 from .compile import compiled, steps_only
@@ -73,8 +73,8 @@ class Session:
         net, optimizer = fabric.setup(learns, make_optimizer(self.groups, plan), move_to_device=True)
         self.net, self.optimizer = steps_only(net) if plan.compile else net, optimizer
         self.ledger = Ledger(self.model)  # on the device where the weights are by now
-        self.companion = companion_of(method, fabric.device)  # None, unless the method wants one
-        self.cut, self.streams = -1, dict[str, Stream]()
+        self.streams: dict[str, Stream] = {}
+        self.companion, self.cut = companion_of(method, fabric.device), -1  # a companion if the method wants one
         self.move_cut()
 
     @property
@@ -92,11 +92,11 @@ class Session:
         lowest = 0 if self.method.needs_pixels else min(names.index(g.name) for g in self.groups)
         if lowest == self.cut:
             return
-        self.cut, trunk = lowest, Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
+        self.cut = lowest
+        trunk = Trunk(self.model.backbone, lowest, self.fabric.device) if lowest else None
         views = Views(self.model.reader, self.plan.augment or CHANGES[self.data.kind], self.plan.views, self.plan.seed)
-        ways = (views, trunk, self.cache if self.plan.cache else None)
-        learn = Beside(self.data.train, *ways, self.companion)
-        self.streams = {"train": learn, "valid": Stream(self.data.valid, *ways)}
+        cache = self.cache if self.plan.cache else None
+        self.streams = streams_of(self.data, views, trunk, cache=cache, companion=self.companion)
 
     def set_rates(self) -> float:
         "Give each group its learning rate and momentum for this step; returns the factor of the peak rates."
