@@ -8,16 +8,20 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..core.files import replacing, write_json
+
 if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['STYLE', 'HEAD', 'ERRORS', 'DETAILS', 'filled', 'data_uri', 'figure_uri', 'image_uri', 'columns', 'page']
+__all__ = ['STYLE', 'OPENING', 'HEAD', 'ERRORS', 'DETAILS', 'filled', 'data_uri', 'figure_uri', 'image_uri', 'columns', 'page',
+           'write_both']
 
 # %% ../../nbs/6a_evaluation/17_layout.ipynb #4173055f
 def filled(
@@ -111,11 +115,14 @@ def columns(
     return list(dict.fromkeys(str(name) for row in rows for name in row))
 
 # %% ../../nbs/6a_evaluation/17_layout.ipynb #18012093
-HEAD = """<!doctype html>
+OPENING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ title }}</title><style>{{ style }}</style></head><body><main>
-{% macro grid(rows, first='') %}
+"""
+HEAD = (
+    OPENING
+    + """{% macro grid(rows, first='') %}
 <div class="scroll"><table><thead><tr>{% for c in columns(rows) %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr>{% for c in columns(rows) %}<td class="tight">{{ row[c] if c in row else '' }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
@@ -133,6 +140,7 @@ HEAD = """<!doctype html>
 {% for r in remarks %}<p class="note">{{ r }}</p>{% endfor %}
 <p><small>{{ legend }}</small></p></section>
 """
+)
 
 # %% ../../nbs/6a_evaluation/17_layout.ipynb #6778ed0f
 ERRORS = """
@@ -174,3 +182,17 @@ def page(
 ) -> str:  # a whole HTML file
     "The report as HTML, escaped throughout."
     return filled(HEAD + ERRORS + DETAILS, {"style": STYLE, "columns": columns, **values})
+
+
+def write_both(
+    folder: str | Path,  # where the two files go
+    name: str,  # of the files, without ending
+    *,
+    value: Any,  # what becomes JSON
+    text: str,  # what becomes HTML
+) -> Path:  # the HTML file
+    "Write a record and its page, each whole or not at all."
+    write_json(Path(folder) / f"{name}.json", value)
+    with replacing(Path(folder) / f"{name}.html") as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(folder) / f"{name}.html"

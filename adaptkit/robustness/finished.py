@@ -10,19 +10,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..core.files import replacing, write_json
 from ..core.registry import check
-from ..evaluation.layout import STYLE, figure_uri, filled
+from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
 from .audit import Audit, audit_robustness
 
 # %% auto #0
 __all__ = ['PAGE', 'audit_page', 'write_audit', 'radius', 'audit_run']
 
 # %% ../../nbs/5a_robustness/41_finished.ipynb #f68d9f27
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title><style>{{ style }}</style></head><body><main><header><h1>{{ title }}</h1></header>
+PAGE = (
+    OPENING
+    + """<header><h1>{{ title }}</h1></header>
 <section><p>{{ verdict }}</p>{% for r in remarks %}<p class="note">{{ r }}</p>{% endfor %}
 <figure class="paper chart"><img alt="Accuracy by attack and corruption, accuracy by radius, checks" src="{{ picture }}"></figure></section>
 <section><h2>What is left</h2><div class="scroll"><table><thead><tr><th>part</th><th>what</th><th>accuracy</th><th>95 % interval</th></tr></thead><tbody>
@@ -31,6 +29,7 @@ PAGE = """<!doctype html>
 {% for v in verdicts %}<tr><td class="tight">{{ v.sign }} {{ v.name }}</td><td>{{ v.found }}</td><td>{{ v.means }}</td></tr>{% endfor %}
 </tbody></table></div></section></main></body></html>
 """
+)
 
 
 def audit_page(
@@ -57,11 +56,7 @@ def write_audit(
     folder: str | Path,  # where audit.json and audit.html go
 ) -> Path:  # the HTML file
     "Write an audit as JSON and as a page."
-    text = audit_page(audit)
-    write_json(Path(folder) / "audit.json", audit.to_json())
-    with replacing(Path(folder) / "audit.html") as part:
-        part.write_text(text, encoding="utf-8")
-    return Path(folder) / "audit.html"
+    return write_both(folder, "audit", value=audit.to_json(), text=audit_page(audit))
 
 # %% ../../nbs/5a_robustness/41_finished.ipynb #f708c4a0
 def radius(
