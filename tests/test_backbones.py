@@ -492,7 +492,7 @@ def test_timm_reads_the_cache_of_the_hub_without_a_network(monkeypatch, tmp_path
 def test_unknown_names_get_the_nearest(name, hint):
     with pytest.raises(AdaptkitError, match=f"Did you mean {hint}") as e:
         load_backbone(name)
-    assert len(str(e.value)) < 250
+    assert len(str(e.value)) < 300  # every backbone of the registry is named
 
 
 def test_bad_sizes():
