@@ -189,7 +189,7 @@ class Choice:
     def _repr_html_(self) -> str:
         return str(self.table().to_html())
 
-# %% ../../nbs/5b_distillation/36_costs.ipynb #a1d4d0ab
+# %% ../../nbs/5b_distillation/36_costs.ipynb #2f3034b5
 def draw_choice(
     choice: Choice,  # at least one network
 ) -> Figure:
@@ -216,7 +216,7 @@ def draw_choice(
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/5b_distillation/36_costs.ipynb #8b1d9157
+# %% ../../nbs/5b_distillation/36_costs.ipynb #1c60bdb1
 def compare_students(
     names: Sequence[str | Model],  # as load_backbone knows them, or models
     data: HasClasses,  # only its classes count
@@ -229,9 +229,10 @@ def compare_students(
     check(bool(names), "There is nothing to compare: name at least one network.")
     built: dict[str, Model] = {}
     for given in names:
+        named = isinstance(given, str)
         model = build_model(given, data, pretrained=False, size=size) if isinstance(given, str) else given
-        name = given if isinstance(given, str) else model.backbone.name
+        name = given if named else model.backbone.name
         while name in built:
             name += "'"
-        built[name] = model
+        built[str(name)] = model
     return Choice(tuple(costs(built, rounds=rounds, seed=seed)))
