@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.files import digest
 from ..core.registry import check
 from ..data.datasets import Batch, Data
+from ..data.datasets import Samples as Samples  # nbdev reads the fields of `Stream` here
 from .cache import Stream, Trunk, TrunkCache, Views
 
 if TYPE_CHECKING:
