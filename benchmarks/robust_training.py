@@ -1,7 +1,7 @@
 """What adversarial training gives on real pictures, and what it costs: solar cells (ELPV, at one grey level and at half of one) and clothes (Fashion-MNIST).
 
 The same network, the same images, the same number of epochs and the same seed; trained on the images, or on what PGD makes of them (Madry 2018), or on what one step makes of them (Wong 2020). Each is audited with the same test images: untouched, under the attacks of `audit_robustness`, under 15 corruptions at level 3, and under the
-ensemble (Croce 2020), whose budget stands in the results. Beside them what the commonest class gets, which no attack can change. Intervals: Wilson's, 95 %, over test images; differences to standard training are taken image by image. No setting was chosen by looking at the test images.
+ensemble (Croce 2020), whose budget stands in the results. Beside them what the commonest class gets, which no attack can change. Intervals: Wilson's, 95 %, over test images; differences to standard training are taken image by image. Besides the radii no setting was chosen by looking at test images.
 
     python benchmarks/robust_training.py [--data elpv "elpv, half" fashion_mnist] [--root folder with Fashion-MNIST] [--images 300] [--methods standard pgd fast]
 """
