@@ -113,8 +113,8 @@ class Case:
 
     @property
     def slack(self) -> float:
-        "How far two shares may be apart by chance: 3 % of the images, at least two images."
-        return max(2, round(0.03 * len(self.x))) / len(self.x)
+        "How far two shares may be apart by chance: 3 % of the images, at least one image."
+        return max(1, round(0.03 * len(self.x))) / len(self.x)
 
 # %% ../../nbs/5a_robustness/19_suspicions.ipynb #069ca920
 Check: TypeAlias = Callable[[Case], Verdict]
