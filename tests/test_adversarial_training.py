@@ -357,6 +357,7 @@ def test_catastrophic_overfitting_happens_and_the_guard_catches_it(tmp_path):
     usual, judge = FineTune(depth=3, rate=2e-2, head_rate=2e-2), PGD(eps, steps=10)
     bad = fast_training(eps, usual, stride=2.0)
     eyes = {"held_out": data.valid, "probe": PGD(eps, steps=8), "every": 18}
+    seen = False
     for seed in range(6):  # it strikes often, not always, and rounding decides when
         model = build_model("small_cnn", data, size=18, seed=seed)
         plan = Plan(epochs=10, batch_size=32, views=1, augment=Augment(hflip=False), seed=seed, accelerator="cpu")
