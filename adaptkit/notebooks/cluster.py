@@ -19,7 +19,7 @@ from .parameters import read_page
 
 # %% auto #0
 __all__ = ['RETRIES', 'luggage', 'unpack_and_perform', 'reach', 'connect', 'connected', 'homeless', 'submitter', 'arrived',
-           'on_ray', 'within', 'interrupt', 'shared_out']
+           'on_ray', 'within', 'shared_out']
 
 # %% ../../nbs/8_notebooks/28_cluster.ipynb #6d6d06fe
 def luggage(
@@ -208,18 +208,6 @@ def within(
     total = Need(cores, sum(n.memory_mib for n in needs), sum(n.gpus for n in needs))
     return budget is None or not budget.lacks(total)
 
-# %% ../../nbs/8_notebooks/28_cluster.ipynb #094e352d
-def interrupt(
-    ray: Any,  # the module ray, connected
-    promises: Sequence[Any],  # of tasks that nobody waits for any more
-) -> None:
-    "End tasks; where an interrupt got lost, it is sent again."
-    rest = list(promises)
-    for _ in range(RETRIES):
-        for promise in rest:
-            ray.cancel(promise)
-        rest = ray.wait(rest, num_returns=len(rest), timeout=5)[1] if rest else []
-
 # %% ../../nbs/8_notebooks/28_cluster.ipynb #f8996aa1
 def shared_out(
     ray: Any,  # the module ray, connected
@@ -246,4 +234,5 @@ def shared_out(
             for promise in ready:
                 yield arrived(ray, running.pop(promise), promise)
     finally:
-        interrupt(ray, list(running))
+        for promise in running:
+            ray.cancel(promise)
