@@ -34,7 +34,8 @@ from adaptkit.distillation.losses import (
     check_distillation_loss,
 )
 from adaptkit.evaluation.evaluate import predict
-from adaptkit.heads.heads import Named, build_model, seeded
+from adaptkit.heads.heads import Named, build_model
+from adaptkit.models.sources import seeded
 from adaptkit.models.backbones import load_backbone
 from adaptkit.models.tokens import WordDropout
 from adaptkit.robustness.adversarial_training import AdversarialTraining

@@ -19,7 +19,8 @@ from torch import nn
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.datasets import Batch
 from adaptkit.data.images import Augment
-from adaptkit.heads.heads import build_model, seeded
+from adaptkit.heads.heads import build_model
+from adaptkit.models.sources import seeded
 from adaptkit.models.backbones import load_backbone
 from adaptkit.testing import check_method, toy_model
 from adaptkit.training.averaging import Averaged, ema_update, ramp

@@ -21,8 +21,9 @@ from ..data.datasets import Data, Samples, batches
 from .intervals import Score, scores
 from .metrics import Predictions, remarks
 from .pictures import draw_errors, highest_losses
-from ..heads.heads import HEADS, Model, make_head, seeded
+from ..heads.heads import HEADS, Model, make_head
 from ..models.backbones import fused
+from ..models.sources import seeded
 from ..models.stages import evaluating
 
 if TYPE_CHECKING:

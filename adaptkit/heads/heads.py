@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,28 +20,18 @@ from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Reader
 from ..models.backbones import load_backbone, remade
 from ..models.encoders import rebuilt_encoder
-from ..models.sources import read_weights, sha256, write_weights
+from ..models.sources import read_weights, seeded, sha256, write_weights
 from ..models.stages import Backbone, WeightSource
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['VERSION', 'seeded', 'count', 'Model', 'table_of', 'HasClasses', 'make_head', 'Named', 'build_model', 'rebuild',
-           'save_model', 'read_files', 'fill', 'load_model']
+__all__ = ['VERSION', 'count', 'Model', 'table_of', 'HasClasses', 'make_head', 'Named', 'build_model', 'rebuild', 'save_model',
+           'read_files', 'fill', 'load_model']
 
 # %% ../../nbs/3_heads/10_heads.ipynb #51ea1dff
 from .layers import HEADS as HEADS
-
-# %% ../../nbs/3_heads/10_heads.ipynb #0bdee29d
-@contextmanager
-def seeded(
-    seed: int,  # any integer
-) -> Iterator[None]:
-    "PyTorch's CPU random numbers start at `seed` inside the block and continue afterwards as if nothing had happened."
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the generators of a GPU
-        yield
 
 # %% ../../nbs/3_heads/10_heads.ipynb #85249e13
 def count(
@@ -162,8 +151,7 @@ def build_model(
     by_name = isinstance(backbone, str) or (pretrained and weights is None and size is None)
     check(by_name, "pretrained, weights and size are for a backbone by name: give them to load_backbone instead.")
     if isinstance(backbone, str):
-        with seeded(seed):
-            backbone = load_backbone(backbone, pretrained=pretrained, weights=weights, size=size)
+        backbone = load_backbone(backbone, pretrained=pretrained, weights=weights, size=size, seed=seed)
     with seeded(seed):
         made, options = make_head(head, backbone, classes=len(data.classes), options=options)
     config = {"backbone": backbone.name, "size": backbone.size, "stages": list(backbone.stage_names)}

@@ -19,7 +19,7 @@ from .encoders import hub_encoder, load_encoder
 from .fusing import folded as folded
 from .fusing import fused as fused
 from .reading import small_text
-from .sources import adopt, from_file, read_weights, sha256, timm_net, torchvision_net, untrained
+from .sources import adopt, from_file, read_weights, seeded, sha256, timm_net, torchvision_net, untrained
 from .stages import Backbone as Backbone
 from .stages import ImageBackbone as ImageBackbone
 from .stages import WeightSource as WeightSource
@@ -225,17 +225,19 @@ def load_backbone(
     weights: str | Path | None = None,  # a local weights file instead of a download
     size: int
     | None = None,  # side of the input images, pixels, or most tokens of a text; by default what the weights were made for
+    seed: int = 0,  # of random weights, where there are any
 ) -> Backbone:
     "A backbone by name, cut into proven stages."
     check(size is None or size > 0, f"`size` is a number of pixels or tokens, above 0; found {size}.")
-    if name in BACKBONES:
-        return BACKBONES[name](pretrained=pretrained, weights=weights, size=size)
-    if "/" in name and Path(name).expanduser().is_dir():
-        return load_encoder(Path(name).expanduser(), pretrained=pretrained, size=size)
-    if "/" in name and name.split("/")[0] not in ("torchvision", "timm"):
-        return hub_encoder(name.removeprefix("transformers/"), pretrained=pretrained, weights=weights, size=size)
-    library, bare = find_library(name)
-    return library_backbone(library, bare, pretrained=pretrained, weights=weights, size=size)
+    with seeded(seed):
+        if name in BACKBONES:
+            return BACKBONES[name](pretrained=pretrained, weights=weights, size=size)
+        if "/" in name and Path(name).expanduser().is_dir():
+            return load_encoder(Path(name).expanduser(), pretrained=pretrained, size=size)
+        if "/" in name and name.split("/")[0] not in ("torchvision", "timm"):
+            return hub_encoder(name.removeprefix("transformers/"), pretrained=pretrained, weights=weights, size=size)
+        library, bare = find_library(name)
+        return library_backbone(library, bare, pretrained=pretrained, weights=weights, size=size)
 
 # %% ../../nbs/2_models/10_backbones.ipynb #954a7d12
 def with_stages(

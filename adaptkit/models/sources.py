@@ -24,8 +24,8 @@ from .cutting import TAIL
 from .stages import WeightSource
 
 # %% auto #0
-__all__ = ['read_weights', 'write_weights', 'sha256', 'adopt', 'of_tensors', 'untrained', 'from_file', 'fetching', 'reach',
-           'normalisation', 'torchvision_net', 'timm_download', 'timm_net']
+__all__ = ['read_weights', 'write_weights', 'sha256', 'adopt', 'seeded', 'of_tensors', 'untrained', 'from_file', 'fetching',
+           'reach', 'normalisation', 'torchvision_net', 'timm_download', 'timm_net']
 
 # %% ../../nbs/2_models/08_sources.ipynb #0619f218
 def read_weights(
@@ -100,6 +100,16 @@ def adopt(
         f"{path} is not a file for this network: {len(lost)} of {len(needed)} tensors are missing or of another shape, the first is {(lost or [''])[0]}.",
     )
     net.load_state_dict(fitting, strict=False)
+
+# %% ../../nbs/2_models/08_sources.ipynb #0bdee29d
+@contextmanager
+def seeded(
+    seed: int,  # any integer
+) -> Iterator[None]:
+    "PyTorch's CPU random numbers start at `seed` inside the block and continue afterwards as if nothing had happened."
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the generators of a GPU
+        yield
 
 # %% ../../nbs/2_models/08_sources.ipynb #c62995ac
 def of_tensors(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.progress import progress
 from ..core.registry import AdaptkitError, check
 from ..data.datasets import Data, Samples
-from ..heads.heads import seeded
+from ..models.sources import seeded
 from .attacks import PGD
 from .balls import Ball, column
 from .contract import Attack, Logits, check_images, check_labels, network_of
