@@ -272,7 +272,10 @@ class Teachers:
         check(listed, f"teachers={self.teachers!r}: give a list of models, runs or folders, at least one.")
         models = tuple(teacher_of(t) for t in self.teachers)
         kinds = sorted({m.backbone.kind for m in models})
-        check(len(kinds) == 1, f"The teachers read {' and '.join(kinds)}s: a panel needs one kind of data.")
+        check(
+            len(kinds) == 1,
+            f"The teachers read {' and '.join(f'{kind}s' for kind in kinds)}: a panel needs one kind of data.",
+        )
         weighting = WEIGHTINGS[self.weights]() if isinstance(self.weights, str) else self.weights
         usable = callable(weighting) and callable(getattr(weighting, "fitted", None))
         check(usable, f"weights={self.weights!r} is no weighting: give a name, one of {', '.join(WEIGHTINGS)}.")
