@@ -52,7 +52,7 @@ def milliseconds(models: dict[str, Model], samples: Samples, texts: int) -> dict
             passes: dict[str, list[float]] = {name: [] for name in models}
             for _ in range(3):
                 for name, model in models.items():
-                    x = make_batch(samples, [i], spec=model.reader).x
+                    x = make_batch(samples, np.array([i]), spec=model.reader).x
                     began = time.process_time()
                     model(x)
                     passes[name].append(1000 * (time.process_time() - began))

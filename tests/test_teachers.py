@@ -135,13 +135,13 @@ def test_who_knows_nothing_gets_next_to_nothing(name, loud, classes):
 
 def test_random_networks_get_next_to_nothing(tmp_path):
     whole = load_data("digits", seed=0)
-    data = dataclasses.replace(whole, train=whole.train.take(range(250)))
+    data = dataclasses.replace(whole, train=whole.train.take(range(600)))
     start = [build_model("small_cnn", data, size=18, seed=seed) for seed in range(3)]
-    plan = Plan(epochs=10, batch_size=20, views=1, augment=Augment(hflip=False), accelerator="cpu")
+    plan = Plan(epochs=8, batch_size=20, views=1, augment=Augment(hflip=False), accelerator="cpu")
     crew = [fit(start[0], data, TUNE, plan=plan, out=tmp_path / "run", observers=[]), *start[1:]]
     for name in ("confidence", "transfer", "learned"):
         w = Teachers(crew, name, data).weigh(data.test, data.classes).mean(0)
-        assert w[1:].max() < 0.06 and w[0] > 0.9
+        assert w[1:].max() < 0.05 and w[0] > 0.9
 
 
 def test_wrong_names_are_seen_by_all_but_transfer():
