@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -28,7 +28,7 @@ from ..training.methods import Losses, Method, Network
 from ..training.runs import Run
 
 # %% auto #0
-__all__ = ['teacher_of', 'matching', 'check_teacher', 'heard', 'Distillation', 'unlabelled']
+__all__ = ['teacher_of', 'teacher_record', 'matching', 'Panel', 'check_teacher', 'heard', 'Distillation', 'unlabelled']
 
 # %% ../../nbs/5b_distillation/14_distillation.ipynb #477d2586
 def teacher_of(
@@ -44,6 +44,14 @@ def teacher_of(
     return teacher
 
 
+def teacher_record(
+    teacher: Model,
+) -> dict[str, Any]:  # JSON-able
+    "What the record of a run says about a teacher."
+    who = {"backbone": teacher.backbone.name, "classes": list(teacher.classes)}
+    return {**who, "weights": model_fingerprint(teacher)}
+
+
 def matching(
     student: Sequence[str],  # classes, in the order of the student's logits
     teacher: Sequence[str],  # classes, in the order of the teacher's
@@ -56,6 +64,22 @@ def matching(
         f"The teacher can't tell {', '.join(lost)}: it knows {known}. Classes are matched by name; rename them, or choose another teacher.",
     )
     return [list(teacher).index(name) for name in student]
+
+# %% ../../nbs/5b_distillation/14_distillation.ipynb #7c1e52ab
+@runtime_checkable
+class Panel(Protocol):
+    "Several teachers that answer as one, e.g. `Teachers`."
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        "Who is asked about each batch."
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        "Who they are and how they are weighed, JSON-able."
+
+    def together(self, beside: Tensor, *, labels: Tensor, classes: Sequence[str], temperature: float) -> Tensor:
+        "Logits [B, classes] out of everybody's answers, side by side in `beside`."
 
 # %% ../../nbs/5b_distillation/14_distillation.ipynb #5a2b7103
 def check_teacher(
@@ -94,7 +118,7 @@ def heard(
 class Distillation(Around):
     "Learn from a teacher's answers, too (Hinton 2015)."
 
-    teacher: Model | Run | str | Path  # knows at least the student's classes; stays as it is
+    teacher: Model | Run | str | Path | Panel  # knows at least the student's classes; stays as it is
     temperature: float = 4.0  # softening of both answers, > 0
     compare: DistillationLoss = SoftTargets()  # what the student pays for other answers than the teacher's
     weight: float = 0.9  # share of the teacher in the loss, 0 (nobody asks it) to 1 (labels don't count)
@@ -109,7 +133,8 @@ class Distillation(Around):
         check(
             alone, f"base={self.base.name} has a teacher already, and a run has one companion: leave one of them out."
         )
-        object.__setattr__(self, "teacher", teacher_of(self.teacher))
+        if not isinstance(self.teacher, Panel):
+            object.__setattr__(self, "teacher", teacher_of(self.teacher))
 
     @property
     def needs_pixels(self) -> bool:  # type: ignore[override]
@@ -122,32 +147,41 @@ class Distillation(Around):
         return getattr(self.base, "mix", None)
 
     @property
-    def companion(self) -> Model | None:
-        "The teacher, unless its answers don't count."
-        return cast(Model, self.teacher) if self.weight else None
+    def companion(self) -> Model | tuple[Model, ...] | None:
+        "The teacher, or all of a panel, unless their answers don't count."
+        asked = self.teacher.models if isinstance(self.teacher, Panel) else cast(Model, self.teacher)
+        return asked if self.weight else None
 
     @property
     def config(self) -> Mapping[str, Any]:
         "Settings, method inside, and a fingerprint of the teacher."
-        model = cast(Model, self.teacher)
-        who = {"backbone": model.backbone.name, "classes": list(model.classes), "weights": model_fingerprint(model)}
+        teacher = self.teacher
+        who = dict(teacher.config) if isinstance(teacher, Panel) else teacher_record(cast(Model, teacher))
         settings = {"temperature": self.temperature, "weight": self.weight, "compare": told(cast(Any, self.compare))}
         return {"teacher": who, **settings, **super().config}
 
     def prepare(self, model: Model) -> Model:
         "Refuse a teacher that doesn't fit; then as the method inside does."
-        check_teacher(cast(Model, self.teacher), model)
+        for teacher in self.teacher.models if isinstance(self.teacher, Panel) else (cast(Model, self.teacher),):
+            check_teacher(teacher, model)
         return self.base.prepare(model)
+
+    def said(self, batch: Batch, classes: Sequence[str]) -> Tensor:
+        "What the teacher, or the panel, says of a batch: logits [B, classes]."
+        check(batch.beside is not None, "No teacher's answers came with this batch: `fit` brings them.")
+        beside, teacher = cast(Tensor, batch.beside), self.teacher
+        if isinstance(teacher, Panel):
+            return teacher.together(beside, labels=batch.y, classes=classes, temperature=self.temperature)
+        return beside[:, matching(classes, cast(Model, teacher).classes)]
 
     def loss(self, network: Network, batch: Batch) -> Losses:
         "The loss of the method inside, and what other answers than the teacher's cost."
         if not self.weight:
             return self.base.loss(network, batch)
-        check(batch.beside is not None, "No teacher's answers came with this batch: `fit` brings them.")
+        teacher = self.said(batch, network.model.classes)
         listening, answers = heard(network, batch.x)
         losses = {k: (1 - self.weight) * v for k, v in self.base.loss(listening, batch).items()}
         student = answers[-1] if answers else network(batch.x)
-        teacher = batch.beside[:, matching(network.model.classes, cast(Model, self.teacher).classes)]  # type: ignore[index]
         paid = self.compare(student, teacher, labels=batch.y, temperature=self.temperature)
         return {**losses, self.name: self.weight * paid}
 

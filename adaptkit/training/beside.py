@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptkit.heads.heads import Model
 
 # %% auto #0
-__all__ = ['model_fingerprint', 'Companion', 'check_same_words', 'Beside', 'companion_of', 'streams_of']
+__all__ = ['model_fingerprint', 'Companion', 'check_same_words', 'everyone', 'Beside', 'companion_of', 'streams_of']
 
 # %% ../../nbs/4_training/32_beside.ipynb #09612e0a
 def model_fingerprint(
@@ -78,15 +78,22 @@ def check_same_words(
     )
 
 # %% ../../nbs/4_training/32_beside.ipynb #8600eca2
+def everyone(
+    companion: Companion | tuple[Companion, ...] | None,
+) -> tuple[Companion, ...]:
+    "Companions in a row, however many there are."
+    return companion if isinstance(companion, tuple) else () if companion is None else (companion,)
+
+
 @dataclass
 class Beside(Stream):
-    "Batches with a companion's answers in `beside`; without a companion, a stream like any other."
+    "Batches with a companion's answers in `beside`, or those of several side by side; without any, a stream like others."
 
-    companion: Companion | None = None
+    companion: Companion | tuple[Companion, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.companion is not None:
-            check_same_words(self.views, self.companion)
+        for companion in everyone(self.companion):
+            check_same_words(self.views, companion)
 
     def batches(
         self,
@@ -98,12 +105,13 @@ class Beside(Stream):
     ) -> Iterator[Batch]:  # `beside`: what the companion says of the same view of the same samples
         "The batches of one epoch."
         own = super().batches(order, batch_size, view=view, start=start)
-        if self.companion is None:
+        companions = everyone(self.companion)
+        if not companions:
             yield from own
             return
-        said = self._answers(self.companion, order[start * batch_size :], batch_size, view)
-        for batch, answers in zip(own, said, strict=True):
-            yield replace(batch, beside=answers)
+        said = [self._answers(c, order[start * batch_size :], batch_size, view) for c in companions]
+        for batch, *answers in zip(own, *said, strict=True):
+            yield replace(batch, beside=torch.cat(answers, 1))
 
     def _answers(self, companion: Companion, order: np.ndarray, batch_size: int, view: int) -> Iterator[Tensor]:
         other = Stream(self.samples, replace(self.views, spec=companion.reader), companion)
@@ -118,16 +126,16 @@ class Beside(Stream):
 def companion_of(
     method: object,  # any; only its attribute `companion` is looked at
     device: torch.device | str = "cpu",  # where to compute
-) -> Companion | None:  # None: the method wants none
-    "The network whose answers a method wants beside each batch."
+) -> Companion | tuple[Companion, ...] | None:  # a tuple if the method wants several; None: it wants none
+    "The network whose answers a method wants beside each batch, or the networks."
     wanted = getattr(method, "companion", None)
     if wanted is None:
         return None
-    has = all(hasattr(wanted, name) for name in ("backbone", "reader", "classes"))
-    check(
-        has, f"companion={wanted!r} of {type(method).__name__} is no model: give one made by build_model or load_model."
-    )
-    return Companion(wanted, device)
+    for one in wanted if isinstance(wanted, tuple) else (wanted,):
+        has = all(hasattr(one, name) for name in ("backbone", "reader", "classes"))
+        who = type(method).__name__
+        check(has, f"companion={one!r} of {who} is no model: give one made by build_model or load_model.")
+    return tuple(Companion(w, device) for w in wanted) if isinstance(wanted, tuple) else Companion(wanted, device)
 
 # %% ../../nbs/4_training/32_beside.ipynb #72c45577
 def streams_of(
@@ -136,7 +144,7 @@ def streams_of(
     trunk: Trunk | None,  # its frozen stages, if it has any
     *,
     cache: TrunkCache | None,  # None: everything is computed for each batch
-    companion: Companion | None,  # None: there is none
+    companion: Companion | tuple[Companion, ...] | None,  # None: there is none
 ) -> dict[str, Stream]:  # train, with the companion's answers, and valid
     "What a training reads."
     return {
