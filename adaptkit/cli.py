@@ -138,8 +138,8 @@ def distil(folder: Path, text: str | None, label: str | None, **how: Any) -> Non
     "Teach a small network what the run in FOLDER knows; leaves a model, and a report on what it has inherited."
     from adaptkit.distillation.distil import distil as taught
 
-    columns = {name: value for name, value in (("text", text), ("label", label)) if value}
-    found = taught(folder, say=click.echo, **how, **columns)
+    how |= {name: value for name, value in (("text", text), ("label", label)) if value}
+    found = taught(folder, say=click.echo, **how)
     table = [found.report.table().to_string()] if found.report else []
     page = [f"report    {found.run.folder / 'lineage.html'}"] if found.report else []
     print("\n".join([*table, found.verdict, *page, f"model     {found.run.folder / 'model.safetensors'}"]))

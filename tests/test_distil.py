@@ -197,7 +197,7 @@ def test_the_report_is_about_these_models_and_these_images(run: Run, found: Dist
 
 
 def test_it_tells_who_taught_whom(found: Distilled) -> None:
-    assert repr(found).startswith("Distilled(small: mobile_tiny, 2 epochs with small_cnn. The student keeps ")
+    assert repr(found).startswith("Distilled(small: small_cnn has taught mobile_tiny for 2 epochs. The student keeps ")
     assert "<table" in found._repr_html_() and found.alone is not None and found.alone.folder == found.run.folder / "alone"
 
 

@@ -174,7 +174,7 @@ def epochs_of(
     )
     return found
 
-# %% ../../nbs/5b_distillation/60_distil.ipynb #10e6c2d3
+# %% ../../nbs/5b_distillation/60_distil.ipynb #94ad0a7c
 def counted(
     n: int,  # of epochs
 ) -> str:
@@ -198,9 +198,11 @@ class Distilled:
         return self.run.model
 
     def __repr__(self) -> str:
-        small, large = (r.record["model"]["backbone"] for r in (self.run, self.teacher))
-        n = counted(len(self.run.history))
-        return f"Distilled({self.run.folder.name}: {small}, {n} with {large}. {self.verdict})"
+        small, large = (r.record["model"] for r in (self.run, self.teacher))
+        same = small["backbone"] == large["backbone"] and len(small["stages"]) < len(large["stages"])
+        name = f"{len(small['stages'])} stages of it" if same else small["backbone"]
+        who = f"{large['backbone']} has taught {name} for {counted(len(self.run.history))}"
+        return f"Distilled({self.run.folder.name}: {who}. {self.verdict})"
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_() if self.report else f"<p>{self.verdict}</p>"
