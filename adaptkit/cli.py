@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.training.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'main', 'adapt', 'adapted', 'audit', 'run', 'summary', 'studio', 'doctor']
+__all__ = ['app', 'main', 'adapt', 'adapted', 'audit', 'distil', 'run', 'summary', 'studio', 'doctor']
 
 # %% ../nbs/0_core/80_commands.ipynb #2646fdbc
 @click.group()
@@ -118,6 +118,31 @@ def audit(folder: Path, eps: str, **how: Any) -> None:
     for (part, what), row in found.table().iterrows():
         print(f"{part:10} {what:22} {row['accuracy']:>7}  {row['95 % interval']}")
     print("\n".join([*found.remarks, found.verdict, f"audit     {page}"]))
+
+# %% ../nbs/0_core/80_commands.ipynb #f38baeb5
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--student", default="mobile_small", show_default=True, help="By name; or cut, half of the teacher.")
+@click.option("--budget", default="5 min", show_default=True, help="For each student: 90 s, 5 min, 1 h, 12 epochs.")
+@click.option("--alone/--no-alone", default=True, help="Whether the student also learns without its teacher.")
+@click.option("--data", default="", help="Where the data are, if the run was trained on a folder or a table.")
+@click.option("--text", help="Column of a table that holds the texts, where its name doesn't say so.")
+@click.option("--label", help="Column of a table that holds the classes, where its name doesn't say so.")
+@click.option("--size", type=int, help="Pixels or tokens that the student sees; by default as many as its teacher.")
+@click.option("--seed", default=0, show_default=True, help="Of everything that is random.")
+@click.option("--out", type=click.Path(path_type=Path), help="The student's folder; by default a new one under runs/.")
+@click.option(
+    "--exists", default="refuse", type=click.Choice(["refuse", "replace", "resume"]), help="If a run is there already."
+)
+def distil(folder: Path, text: str | None, label: str | None, **how: Any) -> None:
+    "Teach a small network what the run in FOLDER knows; leaves a model, and a report on what it has inherited."
+    from adaptkit.distillation.distil import distil as taught
+
+    how |= {name: value for name, value in (("text", text), ("label", label)) if value}
+    found = taught(folder, say=click.echo, **how)
+    table = [found.report.table().to_string()] if found.report else []
+    page = [f"report    {found.run.folder / 'lineage.html'}"] if found.report else []
+    print("\n".join([*table, found.verdict, *page, f"model     {found.run.folder / 'model.safetensors'}"]))
 
 # %% ../nbs/0_core/80_commands.ipynb #9fd81b59
 @app.command()

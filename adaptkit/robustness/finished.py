@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.registry import check
+from ..data.datasets import Data
 from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
 from .audit import Audit, audit_robustness
+from ..training.runs import Run, open_run
 
 # %% auto #0
-__all__ = ['PAGE', 'audit_page', 'write_audit', 'radius', 'audit_run']
+__all__ = ['PAGE', 'audit_page', 'write_audit', 'radius', 'data_of', 'audit_run']
 
 # %% ../../nbs/5a_robustness/41_finished.ipynb #f68d9f27
 PAGE = (
@@ -68,6 +70,27 @@ def radius(
     above, _, below = text.partition("/")
     return float(Fraction(above) / Fraction(below or "1"))
 
+# %% ../../nbs/5a_robustness/41_finished.ipynb #ccfe3b34
+def data_of(
+    run: Run,
+    data: str = "",  # a name, a folder or a table; empty: the name that the run has recorded
+    **columns: str,  # of a table, where their names don't say so: text, label
+) -> Data:
+    "The data of a run, divided as they were."
+    from adaptkit.data.sources import DATASETS, load_data
+
+    about = run.record["data"]
+    check(
+        bool(data) or about["name"] in DATASETS,
+        f"{run.folder} was trained on {about['name']!r}, which isn't the name of a data set: say with data (--data) where they are.",
+    )
+    stored = load_data(data or about["name"], seed=about["seed"], split=run.folder / "split.json", **columns)
+    check(
+        stored.fingerprint == about["fingerprint"],
+        f"The data of {run.folder} have changed since the training ({about['fingerprint']}, now {stored.fingerprint}): its test {stored.kind}s may be others.",
+    )
+    return stored
+
 
 def audit_run(
     folder: str | Path,  # of a finished run
@@ -76,18 +99,5 @@ def audit_run(
     **how: Any,  # further arguments of audit_robustness
 ) -> Audit:
     "Audit the model of a run on its own test images."
-    from adaptkit.data.sources import DATASETS, load_data
-    from adaptkit.training.runs import open_run
-
     run = open_run(folder)
-    about = run.record["data"]
-    check(
-        bool(data) or about["name"] in DATASETS,
-        f"{folder} was trained on {about['name']!r}, which isn't the name of a data set: say with data (--data) where its images are.",
-    )
-    stored = load_data(data or about["name"], seed=about["seed"], split=Path(folder) / "split.json")
-    check(
-        stored.fingerprint == about["fingerprint"],
-        f"The data of {folder} have changed since the training ({about['fingerprint']}, now {stored.fingerprint}): its test images may be others.",
-    )
-    return audit_robustness(run.model, stored, **how)
+    return audit_robustness(run.model, data_of(run, data), **how)

@@ -227,7 +227,7 @@ def run_folder(
 RUN_FILES = (
     *("trackers.json", "tokenizer.txt", "run.json", "split.json", "events.jsonl", "actions.jsonl", "ledger.json"),
     *("checkpoint.safetensors", "model.safetensors", "model.json"),
-    *("evaluation.json", "report.html", "audit.json", "audit.html"),
+    *("evaluation.json", "report.html", "audit.json", "audit.html", "lineage.json", "lineage.html"),
 )
 
 
