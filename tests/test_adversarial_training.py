@@ -18,8 +18,8 @@ from adaptkit.data.datasets import Batch
 from adaptkit.data.images import Augment
 from adaptkit.data.sources import load_data
 from adaptkit.heads.heads import build_model
-from adaptkit.models.sources import seeded
 from adaptkit.models.backbones import load_backbone
+from adaptkit.models.sources import seeded
 from adaptkit.robustness.adversarial_training import AdversarialTraining, attacked, fast_training, step_generator
 from adaptkit.robustness.attacks import FGSM, PGD, robust_accuracy
 from adaptkit.robustness.awp import WeightPerturbation, rehearsal, worst_weights

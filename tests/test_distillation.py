@@ -35,8 +35,8 @@ from adaptkit.distillation.losses import (
 )
 from adaptkit.evaluation.evaluate import predict
 from adaptkit.heads.heads import Named, build_model
-from adaptkit.models.sources import seeded
 from adaptkit.models.backbones import load_backbone
+from adaptkit.models.sources import seeded
 from adaptkit.models.tokens import WordDropout
 from adaptkit.robustness.adversarial_training import AdversarialTraining
 from adaptkit.robustness.attacks import PGD

@@ -20,8 +20,8 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.datasets import Batch
 from adaptkit.data.images import Augment
 from adaptkit.heads.heads import build_model
-from adaptkit.models.sources import seeded
 from adaptkit.models.backbones import load_backbone
+from adaptkit.models.sources import seeded
 from adaptkit.testing import check_method, toy_model
 from adaptkit.training.averaging import Averaged, ema_update, ramp
 from adaptkit.training.best import Best
