@@ -193,9 +193,7 @@ class FeatureDistillation(Around):
 
     teacher: Model | Backbone | Run | str | Path  # reads the same kind of data; stays as it is
     compare: str | FeatureLoss = "hints"  # a name in FEATURE_LOSSES, or a loss
-    weight: float | None = (
-        None  # factor of what features cost, >= 0 (0: nobody asks the teacher); None: the one of the loss
-    )
+    weight: float | None = None  # factor of the features' cost, >= 0; 0: nobody asks the teacher; None: the loss's own
     pairs: Sequence[tuple[str, str]] = ()  # stages by name, student first; (): found
     side: int = 4  # most places per side of a compared map, or parts of a text
     seed: int = 0  # of the translators
