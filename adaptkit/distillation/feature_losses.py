@@ -129,10 +129,10 @@ def contrastive(
     student: Tensor,  # [B, C, h, w] or [B, C], after a projection; B of at least 2
     teacher: Tensor,  # as many channels and places; no gradient flows here
     *,
-    temperature: float = 0.1,  # of the cosines, > 0; Tian et al. use 0.07 to 0.1
+    temperature: float = 0.1,  # of the cosines, > 0; the code of Tian et al. uses 0.07
 ) -> Tensor:  # scalar, in nats; log B if one can only guess
     "Find the teacher's vector of the same image among those of the batch (after CRD, Tian 2020; no memory)."
-    check(0 < temperature < float("inf"), f"temperature={temperature}: it has to be above 0; Tian et al. use 0.07.")
+    check(0 < temperature < float("inf"), f"temperature={temperature}: it has to be above 0, e.g. 0.1.")
     s, t = (normalize(vectors(x)) for x in two_features(student, teacher, same="channels", least=2))
     guess, right = s @ t.T / temperature, torch.arange(len(s), device=s.device)
     return (cross_entropy(guess, right) + cross_entropy(guess.T, right)) / 2

@@ -70,7 +70,7 @@ class Witness(Model):
         row: Tensor,  # [B, N], as forward returned it
     ) -> tuple[dict[str, Tensor], Tensor]:  # maps [B, C, h, w] by name; answers [B, classes]
         "What was put into one row."
-        *rows, answers = row.split([*self.sizes, self.answers], dim=1)
+        *rows, answers = torch.split(row, [*self.sizes, self.answers], dim=1)
         maps = {name: part.reshape(-1, *form) for (name, form), part in zip(self.forms.items(), rows, strict=True)}
         return maps, answers
 
@@ -263,7 +263,7 @@ class FeatureDistillation(Around):
             asked(batch.x)
         between, kind = cast(Translators, network.model.get_submodule("translators")), network.model.backbone.kind
         paid = between.paid(cast(FeatureLoss, self.compare), found[-1], maps, kind=kind, side=self.side)
-        return {**losses, self.name: cast(float, self.weight) * paid}
+        return {**losses, self.name: self.weight * paid}
 
     def finish(self, model: Model) -> Model:
         "Take the translators away; then as the method inside does."
