@@ -203,7 +203,7 @@ class Attention(Weighted):
     same: ClassVar[Same] = "places"
     least: ClassVar[int] = 1
     every: ClassVar[bool] = True
-    weight: ClassVar[float] = 10.0
+    weight: ClassVar[float] = 3.0
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return attention(student, teacher)
@@ -235,7 +235,7 @@ class Relational(Weighted):
     same: ClassVar[Same] = "images"
     least: ClassVar[int] = 3
     every: ClassVar[bool] = False
-    weight: ClassVar[float] = 0.05
+    weight: ClassVar[float] = 0.03
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return relational(student, teacher, **self.config)
@@ -251,7 +251,7 @@ class Contrastive(Weighted):
     same: ClassVar[Same] = "channels"
     least: ClassVar[int] = 2
     every: ClassVar[bool] = False
-    weight: ClassVar[float] = 0.3
+    weight: ClassVar[float] = 0.1
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return contrastive(student, teacher, **self.config)

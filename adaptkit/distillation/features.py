@@ -121,7 +121,7 @@ class Translators(nn.Module):
         lost = [p.student.name for p in self.pairs if p.student.name not in student]
         check(
             not lost,
-            f"The student's {', '.join(lost)} couldn't be overheard: leave compile=False in the plan, or name other stages.",
+            f"The student's {', '.join(lost)} returned nothing that could be overheard: name other stages.",
         )
         costs = []
         for p, layer in zip(self.pairs, self.layers, strict=True):
