@@ -169,9 +169,9 @@ def loss_of(
 
 def inside_of(
     base: Method,
-) -> Model | None:  # None: it wants none
+) -> Model | tuple[Model, ...] | None:  # several: a panel; None: it wants none
     "The teacher that a method inside has already."
-    return cast("Model | None", getattr(base, "companion", None))
+    return cast("Model | tuple[Model, ...] | None", getattr(base, "companion", None))
 
 
 def shares(
@@ -182,7 +182,11 @@ def shares(
     other = inside_of(base)
     if other is None:
         return False
-    same = isinstance(teacher, Model) and model_fingerprint(other) == model_fingerprint(teacher)
+    same = (
+        isinstance(teacher, Model)
+        and isinstance(other, Model)
+        and model_fingerprint(other) == model_fingerprint(teacher)
+    )
     check(same, f"base={base.name} has another teacher, and a run has one companion: give both the same.")
     return True
 
@@ -222,7 +226,7 @@ class FeatureDistillation(Around):
         return getattr(self.base, "mix", None)
 
     @property
-    def companion(self) -> Model | None:
+    def companion(self) -> Model | tuple[Model, ...] | None:
         "The witness, unless what it sees doesn't count."
         return self.witness if self.weight else inside_of(self.base)
 
