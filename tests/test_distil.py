@@ -144,7 +144,7 @@ def test_a_time_becomes_a_plan_before_the_training(run: Run, tmp_path: Path) -> 
     how = {**SMALL, "budget": "1 h", "observers": [Enough()]}
     found = distil(run, **how, alone=False, out=tmp_path / "timed", cache=tmp_path / "cache", say=told.append)
     planned = found.run.record["plan"]["epochs"]
-    assert planned > 20 and len(told) == 1 and told[0].endswith(f"{planned} epochs")
+    assert planned > 20 and len(told) == 1 and told[0].endswith(f"epochs: {planned}")
 
 
 # --- whom to teach ---------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_report_is_about_these_models_and_these_images(run: Run, found: Dist
 
 
 def test_it_tells_who_taught_whom(found: Distilled) -> None:
-    assert repr(found).startswith("Distilled(small: small_cnn has taught mobile_tiny for 2 epochs. The student keeps ")
+    assert repr(found).startswith("Distilled(small: small_cnn has taught mobile_tiny, epochs: 2. The student keeps ")
     assert "<table" in found._repr_html_() and found.alone is not None and found.alone.folder == found.run.folder / "alone"
 
 
@@ -310,7 +310,7 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     first, *_, report, model = done.output.strip().splitlines()
-    assert first.startswith("digits: Model(mobile_tiny") and first.endswith("1 epoch, and as long alone")
+    assert first.startswith("digits: Model(mobile_tiny") and first.endswith("epochs: 1, and as many alone")
     assert "The student keeps" in done.output and report.endswith("lineage.html") and model.endswith("small/model.safetensors")
     quick = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "half"), "--no-alone"])
     assert quick.exit_code == 0 and "isn't known" in quick.output and "lineage.html" not in quick.output

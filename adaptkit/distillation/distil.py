@@ -36,7 +36,7 @@ from ..training.plan import CHANGES, Plan
 from ..training.runs import Run, open_run, run_folder
 
 # %% auto #0
-__all__ = ['Budget', 'Clock', 'Price', 'price', 'student_of', 'learning', 'plan_of', 'epochs_of', 'counted', 'Distilled', 'kept',
+__all__ = ['Budget', 'Clock', 'Price', 'price', 'student_of', 'learning', 'plan_of', 'epochs_of', 'Distilled', 'kept',
            'check_place', 'told_of', 'distil']
 
 # %% ../../nbs/5b_distillation/60_distil.ipynb #81f21d2a
@@ -174,14 +174,7 @@ def epochs_of(
     )
     return found
 
-# %% ../../nbs/5b_distillation/60_distil.ipynb #94ad0a7c
-def counted(
-    n: int,  # of epochs
-) -> str:
-    "One epoch, two epochs."
-    return f"{n} epoch" if n == 1 else f"{n} epochs"
-
-
+# %% ../../nbs/5b_distillation/60_distil.ipynb #6d432f1d
 @dataclass(frozen=True, eq=False)
 class Distilled:
     "A student that has learnt from a finished run."
@@ -201,7 +194,7 @@ class Distilled:
         small, large = (r.record["model"] for r in (self.run, self.teacher))
         same = small["backbone"] == large["backbone"] and len(small["stages"]) < len(large["stages"])
         name = f"{len(small['stages'])} stages of it" if same else small["backbone"]
-        who = f"{large['backbone']} has taught {name} for {counted(len(self.run.history))}"
+        who = f"{large['backbone']} has taught {name}, epochs: {len(self.run.history)}"
         return f"Distilled({self.run.folder.name}: {who}. {self.verdict})"
 
     def _repr_html_(self) -> str:
@@ -260,7 +253,7 @@ def told_of(
     write_lineage(report, student.folder)
     return Distilled(student, alone, teacher, report, report.verdict)
 
-# %% ../../nbs/5b_distillation/60_distil.ipynb #b0198686
+# %% ../../nbs/5b_distillation/60_distil.ipynb #e5301a1a
 def distil(
     run: Run | str | Path,  # the teacher: a run that has ended, or its folder
     student: str | Model = "mobile_small",  # a name for load_backbone, "cut", "cut 3", or a model
@@ -280,7 +273,7 @@ def distil(
     exists: Literal["refuse", "replace", "resume"] = "refuse",  # if a run is there already
     cache: str | Path | None = None,  # where the teacher's answers are kept; None: the user's cache folder
     observers: Iterable[Observer] | None = None,  # who watches; None: a progress bar
-    say: Callable[[str], object] | None = None,  # hears what is about to happen
+    say: Callable[[str], object] = str,  # hears what is about to happen; by default nobody
     **columns: str,  # of a table, where their names don't say so: text, label
 ) -> Distilled:
     "Teach a small network what a finished run knows, beside the same network alone."
@@ -292,8 +285,7 @@ def distil(
     taught = Distillation(teacher, temperature=temperature, weight=weight, base=usual)
     plan = replace(plan or plan_of(run, stored.kind), seed=seed)
     n = before or epochs_of(wanted, beginner, stored, taught, plan=plan)
-    if say:
-        say(f"{stored.name}: {beginner} learns from {teacher}, {counted(n)}{', and as long alone' if alone else ''}")
+    say(f"{stored.name}: {beginner} learns from {teacher}, epochs: {n}{', and as many alone' if alone else ''}")
     how: dict[str, Any] = {"plan": replace(plan, epochs=n), "exists": exists, "cache": cache, "observers": observers}
     first = fit(beginner, stored, taught, out=out, **how)
     second = fit(beginner, stored, usual, out=first.folder / "alone", **how) if alone else None
