@@ -143,7 +143,7 @@ def caught(
     finally:
         hook.remove()
 
-
+# %% ../../nbs/6b_explanation/15_places.ipynb #b8caadf5
 def stage_gradient(
     model: Logits,  # quiet
     x: Tensor,  # images, [B, C, H, W]
