@@ -1,0 +1,93 @@
+"""How fast are Grad-CAM and integrated gradients, beside captum?
+
+EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does; processor seconds, so that it doesn't matter what else runs. Run it with
+the Python of an environment that has both; without one it is made, as tests/oracles.py makes them.
+
+    python benchmarks/explanations.py [--images 16] [--steps 50] [--pairs 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "explanations.json"
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    "Processor seconds of one run."
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def paired(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int) -> dict[str, float]:
+    "Medians of both, and of their ratio; and the least and the most of it."
+    import numpy as np
+
+    both = np.array([[seconds(ours), seconds(theirs)] for _ in range(pairs)])
+    ratio = both[:, 1] / both[:, 0]
+    mine, other = np.median(both, axis=0)
+    return {"ours": float(mine), "captum": float(other), "faster": float(np.median(ratio)), "least": float(ratio.min()), "most": float(ratio.max())}
+
+
+def measure(n: int, steps: int, pairs: int) -> dict[str, Any]:
+    "By method."
+    import torch
+    from captum.attr import IntegratedGradients as Theirs
+    from captum.attr import LayerGradCam
+
+    from adaptkit.explanation.explain import explain
+    from adaptkit.explanation.gradients import IntegratedGradients
+    from adaptkit.heads.heads import Named, build_model
+    from adaptkit.models.backbones import load_backbone
+
+    torch.set_num_threads(1)
+    model = build_model(load_backbone("efficientnet_lite0"), Named(tuple("abcd")), seed=0).eval()
+    x = torch.rand(n, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(n) % 4
+    peer = LayerGradCam(model, model.backbone.stages[-1])
+    runs = {
+        "gradcam": (lambda: explain(model, x, target), lambda: peer.attribute(x, target=target), pairs + 1),
+        "integratedgradients": (
+            lambda: explain(model, x, target, method=IntegratedGradients(steps, batch=n)),
+            lambda: Theirs(model).attribute(x, target=target, n_steps=steps, internal_batch_size=n),
+            pairs,
+        ),
+    }
+    runs["gradcam"][0](), runs["gradcam"][1]()  # a warm-up
+    found = {name: paired(ours, theirs, k) for name, (ours, theirs, k) in runs.items()}
+    for name, row in found.items():
+        print(name, {k: round(v, 2) for k, v in row.items()}, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("images", 16), ("steps", 50), ("pairs", 3)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--here", action="store_true", help="measure in this environment")
+    asked = parser.parse_args()
+    if not asked.here:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from compare_explanations import PINS
+        from oracles import interpreter
+
+        told = [str(interpreter(PINS)), __file__, "--here", *(f"--{k}={getattr(asked, k)}" for k in ("images", "steps", "pairs"))]
+        roots = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+        subprocess.run(told, check=True, env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"})
+        return
+    found = measure(asked.images, asked.steps, asked.pairs)
+    result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread", "methods": found}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
