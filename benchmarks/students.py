@@ -80,10 +80,11 @@ class School:
     def learn(self, title: str, model: Model, method: Method, *, seed: int, epochs: int, views: int = 0) -> Run:
         "One training."
         plan = Plan(epochs=epochs, batch_size=self.s["batch"], views=views or self.s["views"], augment=Augment(**self.s["change"]), seed=seed, accelerator="cpu")
-        began = time.process_time()
+        began, known = time.process_time(), (self.place / title / "model.json").exists()
         run = fit(model, self.data, method, plan=plan, out=self.place / title, cache=self.place / "cache", observers=[], exists="resume")
-        self.seconds[title] = round(time.process_time() - began, 1)
-        print(title, f"{run.history[-1]['valid_accuracy']:.3f} of the validation images, {self.seconds[title]} s", flush=True)
+        spent = round(time.process_time() - began, 1)
+        self.seconds |= {} if known else {title: spent}
+        print(title, f"{run.history[-1]['valid_accuracy']:.3f} of the validation images, {'found' if known else f'{spent} s'}", flush=True)
         return run
 
     def pupil(self, student: str, seed: int, how: dict | None) -> Run:
@@ -115,7 +116,7 @@ def judged(school: School, student: str) -> dict:
     t, s = report.costs["teacher"], report.costs["distilled"]
     fewer = {"parameters": t.parameters / s.parameters, "multiply_adds": t.multiply_adds / s.multiply_adds}
     aims = {"ten times fewer": max(fewer.values()) >= 10, "keeps 97 %": a["distilled"].value >= 0.97 * a["teacher"].value, "beats alone": g.low > 0, "ahead of alone in each seed": min(g.seeds) > 0}
-    told = {"chosen": best, "times_fewer": fewer, "kept": a["distilled"].value / a["teacher"].value, "kept_alone": a["alone"].value / a["teacher"].value, "aims": aims, "verdict": report.verdict}
+    told = {"seeds": list(SEEDS), "chosen": best, "times_fewer": fewer, "kept": a["distilled"].value / a["teacher"].value, "kept_alone": a["alone"].value / a["teacher"].value, "aims": aims, "verdict": report.verdict}
     print(student, json.dumps(told, indent=1), flush=True)
     return {**told, "tried_on_validation": tried, "lineage": report.to_json()}
 
