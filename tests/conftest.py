@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from adaptkit.data.datasets import Data
 from adaptkit.heads.heads import Model
@@ -20,6 +21,10 @@ from adaptkit.testing import toy_data, toy_model
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ROOT / "tests/baselines"
+
+
+settings.register_profile("same", derandomize=True)  # to look further: pytest --hypothesis-profile=default
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

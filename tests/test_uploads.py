@@ -17,7 +17,7 @@ from PIL import Image
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.sources import load_data
-from adaptkit.widgets.uploads import Limits, receive, safe_parts, unpack
+from adaptkit.widgets.uploads import Limits, check_entry, receive, safe_parts, unpack
 
 def png(grey: int) -> bytes:
     file = io.BytesIO()
@@ -182,6 +182,13 @@ def test_no_name_leaves_the_folder(name: str) -> None:
         return
     base = Path("/base")
     assert parts == () or Path(os.path.normpath(base.joinpath(*parts))) == base.joinpath(*parts) != base
+
+
+def test_a_file_without_a_name_is_refused() -> None:
+    nameless = zipfile.ZipInfo("a.png")
+    nameless.filename = ""
+    with pytest.raises(AdaptkitError, match="without a name"):
+        check_entry(nameless)
 
 
 @settings(max_examples=60, deadline=None)

@@ -107,6 +107,7 @@ def check_entry(
     entry: zipfile.ZipInfo,  # of the list of contents
 ) -> tuple[str, ...]:  # where it goes; empty: nowhere
     "Refuse what is not a plain file with a plain name."
+    check(bool(entry.filename), "The zip lists a file without a name: pack the folder again.")
     kind = stat.S_IFMT(entry.external_attr >> 16)
     check(
         kind in (0, stat.S_IFREG, stat.S_IFDIR),
