@@ -19,7 +19,6 @@ from .core.registry import check
 from .data.datasets import Data, Samples, Source
 from .data.images import Augment
 from .distillation.losses import check_distillation_loss as check_distillation_loss
-from .distillation.teachers import check_weighting as check_weighting
 from .evaluation.metrics import Predictions
 from .explanation.explain import check_explainer as check_explainer
 from .heads.heads import Model, Named, build_model

@@ -25,6 +25,7 @@ from adaptkit.distillation.teachers import (
     Uniform,
     answers_of,
     blend,
+    check_weighting,
     knowledge,
     pretended,
     shared_out,
@@ -36,7 +37,7 @@ from adaptkit.evaluation.evaluate import predict
 from adaptkit.heads.heads import Named, build_model
 from adaptkit.robustness.adversarial_training import AdversarialTraining
 from adaptkit.robustness.attacks import PGD
-from adaptkit.testing import check_method, check_weighting
+from adaptkit.testing import check_method
 from adaptkit.training.beside import Beside, Companion
 from adaptkit.training.cache import TrunkCache, Views
 from adaptkit.training.finetune import FineTune
