@@ -50,9 +50,7 @@ def test_everything_is_asked_of_the_same_images(audit: Audit) -> None:
     attacked = [s.value for part in ATTACKED for s in audit.lines[part].values()]
     assert every <= min(attacked) and max(attacked) <= clean and every < clean - 0.3
     assert all(s.low <= s.value <= s.high for found in audit.lines.values() for s in found.values())
-    assert len(audit.checks.verdicts) == 14 and all(v.passed is not None for v in audit.checks.verdicts)
-    assert {*audit.checks.tripped} <= {"radius", "effort", "black box", "saved images"}  # of 24 images, two may fall the other way
-    assert ("checks of the measurement passed" in audit.verdict) == audit.checks.passed
+    assert len(audit.checks.verdicts) == 14 and audit.checks.passed and "checks of the measurement passed" in audit.verdict
 
 
 def test_the_same_call_gives_the_same_audit(run: Run) -> None:

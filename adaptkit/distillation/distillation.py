@@ -28,7 +28,7 @@ from ..training.methods import Losses, Method, Network
 from ..training.runs import Run
 
 # %% auto #0
-__all__ = ['teacher_of', 'teacher_record', 'matching', 'Panel', 'check_teacher', 'heard', 'Distillation', 'unlabelled']
+__all__ = ['teacher_of', 'teacher_record', 'matching', 'Panel', 'check_teacher', 'heard', 'Taught', 'Distillation', 'unlabelled']
 
 # %% ../../nbs/5b_distillation/14_distillation.ipynb #477d2586
 def teacher_of(
@@ -113,9 +113,23 @@ def heard(
 
     return Network(forward, network.model), answers
 
+# %% ../../nbs/5b_distillation/14_distillation.ipynb #ac0bec18
+class Taught(Around):
+    "A method around a method that adds a teacher; others are made from it."
+
+    @property
+    def needs_pixels(self) -> bool:  # type: ignore[override]
+        "As the method inside says; the teacher reads for itself."
+        return self.base.needs_pixels
+
+    @property
+    def mix(self) -> Any:
+        "What the method inside mixes, if anything."
+        return getattr(self.base, "mix", None)
+
 # %% ../../nbs/5b_distillation/14_distillation.ipynb #020f56d3
 @dataclass(frozen=True, eq=False)
-class Distillation(Around):
+class Distillation(Taught):
     "Learn from a teacher's answers, too (Hinton 2015)."
 
     teacher: Model | Run | str | Path | Panel  # knows at least the student's classes; stays as it is
@@ -135,16 +149,6 @@ class Distillation(Around):
         )
         if not isinstance(self.teacher, Panel):
             object.__setattr__(self, "teacher", teacher_of(self.teacher))
-
-    @property
-    def needs_pixels(self) -> bool:  # type: ignore[override]
-        "As the method inside says; the teacher reads for itself."
-        return self.base.needs_pixels
-
-    @property
-    def mix(self) -> Any:
-        "What the method inside mixes, if anything."
-        return getattr(self.base, "mix", None)
 
     @property
     def companion(self) -> Model | tuple[Model, ...] | None:

@@ -17,12 +17,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..core.registry import check
 from ..data.datasets import Batch
-from .distillation import teacher_of
+from .distillation import Taught, teacher_of
 from .feature_losses import FEATURE_LOSSES, FeatureLoss
 from .pairs import Pair, listening, measured, points, projections, seen, stage_pairs
 from ..heads.heads import Model
 from ..models.stages import Backbone
-from ..robustness.adversarial_training import Around, told
+from ..robustness.adversarial_training import told
 from ..training.beside import model_fingerprint
 from ..training.finetune import FineTune
 from ..training.methods import Losses, Method, Network, ParamGroup
@@ -192,7 +192,7 @@ def shares(
 
 # %% ../../nbs/5b_distillation/20_features.ipynb #498bc8f9
 @dataclass(frozen=True, eq=False)
-class FeatureDistillation(Around):
+class FeatureDistillation(Taught):
     "Learn to see inside what a teacher sees (Romero 2015, and others)."
 
     teacher: Model | Backbone | Run | str | Path  # reads the same kind of data; stays as it is
@@ -214,16 +214,6 @@ class FeatureDistillation(Around):
         found = {"teacher": teacher, "compare": loss, "weight": weight, "shared": shares(self.base, teacher)}
         for key, value in {**found, "witness": Witness(teacher, self.side)}.items():
             object.__setattr__(self, key, value)
-
-    @property
-    def needs_pixels(self) -> bool:  # type: ignore[override]
-        "As the method inside says; the teacher reads for itself."
-        return self.base.needs_pixels
-
-    @property
-    def mix(self) -> Any:
-        "What the method inside mixes, if anything."
-        return getattr(self.base, "mix", None)
 
     @property
     def companion(self) -> Model | tuple[Model, ...] | None:
