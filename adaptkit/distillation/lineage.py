@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Data
 from .costs import Cost, Latency, costs
-from .measures import LINES, Gain, Measure, Trial, measures, weighed
+from .measures import LINES, Gain, Measure, Trial, looks_of, measures, weighed
 from ..evaluation.evaluate import predict
 from ..evaluation.intervals import Score
 from ..evaluation.layout import OPENING, STYLE, columns, figure_uri, filled, write_both
@@ -147,11 +147,13 @@ def check_family(
 def remembered(
     found: Mapping[str, Measure],  # of the teacher
     kind: str,  # "image" or "text"
+    why: str,  # maps aren't compared; empty where they are
 ) -> tuple[list[str], tuple[str, ...]]:  # lines that exist; remarks on the others
     "Which lines can be reported, and why the others can't."
     empty = [name for name, m in found.items() if not m.below.any()]
     told = ["The teacher is wrong nowhere: whether a student shares its errors can't be said."] if empty else []
     told += ["Texts: neither corrupted nor attacked."] if kind == "text" else []
+    told += [why] if why else []
     return [name for name in LINES if name in found and name not in empty], tuple(told)
 
 # %% ../../nbs/5b_distillation/50_lineage.ipynb #2747456a
@@ -175,8 +177,10 @@ def lineage(
     check_family(models, data)
     samples, trial = data.splits[split], trial or Trial()
     heard = predict(teacher, samples)
-    found = {r: [measures(m, samples, teacher=heard, trial=trial) for m in of] for r, of in models.items()}
-    names, remarks = remembered(found["teacher"][0], data.kind)
+    looks, why = looks_of([m for of in models.values() for m in of], samples, heard, trial)
+    how: dict[str, Any] = {"teacher": heard, "trial": trial, "looks": looks}
+    found = {r: [measures(m, samples, **how) for m in of] for r, of in models.items()}
+    names, remarks = remembered(found["teacher"][0], data.kind, why)
     lines, gains = {}, {}
     for name in names:
         of = {r: [m[name] for m in several] for r, several in found.items()}
@@ -193,7 +197,7 @@ PAGE = (
 <section><h2>Line by line</h2><div class="scroll"><table><thead><tr>{% for c in columns(rows) %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr>{% for c in columns(rows) %}<td>{{ row[c] if c in row else '' }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div><p><small>With 95 % intervals over the test samples; those of the last column are paired.
-Explanations and energy are not compared.</small></p></section></main></body></html>
+Energy is not compared.</small></p></section></main></body></html>
 """
 )
 

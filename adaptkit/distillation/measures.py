@@ -10,19 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..data.datasets import Samples
+from ..core.registry import AdaptkitError
+from ..data.datasets import Rows, Samples, batches
 from ..evaluation.evaluate import predict
 from ..evaluation.intervals import Score, resampled
 from ..evaluation.metrics import Floats, Integers, Predictions
+from ..explanation.compare import likeness
+from ..explanation.contract import EXPLAINERS
+from ..explanation.explain import explain
+from ..explanation.places import sharp_place
 from ..heads.heads import Model
 from ..robustness.attacks import PGD
 from ..robustness.contract import Attack
 from ..robustness.corrupted import corrupted_accuracy
-from ..robustness.measuring import robust_accuracy
+from ..robustness.measuring import chosen, robust_accuracy
 
 # %% auto #0
-__all__ = ['LINES', 'CHEAP', 'Measure', 'share', 'calibration', 'Gain', 'strata', 'weighed', 'Trial', 'stood', 'measures']
+__all__ = ['LINES', 'CHEAP', 'Measure', 'share', 'calibration', 'Gain', 'strata', 'weighed', 'Trial', 'Looks', 'maps_of',
+           'looks_of', 'alike', 'stood', 'measures']
 
 # %% ../../nbs/5b_distillation/48_measures.ipynb #76064b3b
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ LINES = {  # what is measured, and whether more is better
     "accuracy": True,
     "agrees with the teacher": True,
     "agrees where the teacher is wrong": True,
+    "looks where the teacher looks": True,
     "calibration error": False,
     "accuracy, corrupted": True,
     "accuracy, attacked": True,
@@ -119,11 +128,62 @@ CHEAP = ("gaussian_noise", "contrast", "pixelate", "jpeg_compression")  # corrup
 class Trial:
     "What the models have to stand besides the test images."
 
-    n: int | None = 100  # images that are corrupted and attacked, drawn by lot; None: all
+    n: int | None = 100  # images that are explained, corrupted and attacked, drawn by lot; None: all
     corruptions: tuple[str, ...] = CHEAP  # names in CORRUPTIONS; empty: none
     levels: tuple[int, ...] = (3,)  # of the corruptions, 1 to 5
     attack: Attack | None = PGD(2 / 255, steps=5)  # None: no attack
+    maps: bool = True  # whether it is compared where the models look
     seed: int = 0  # of the lot, the corruptions and the attack
+
+# %% ../../nbs/5b_distillation/48_measures.ipynb #3ef93071
+@dataclass(frozen=True, eq=False)
+class Looks:
+    "Where a teacher looks in some images."
+
+    rows: Rows  # [n], of the images
+    target: Tensor  # [n], the class that is explained
+    maps: Tensor  # [n, H, W]
+
+
+def maps_of(
+    model: Model,  # for images; left as it is
+    samples: Samples,  # the test images
+    rows: Rows,  # [n], of those that are explained
+    target: Tensor,  # [n], classes
+) -> Tensor:  # [n, H, W], in the size that the model reads
+    "What speaks for these classes in these images, at the last stage that isn't too coarse (Layer-CAM)."
+    method = EXPLAINERS["layercam"](stage=sharp_place(model))
+    pairs = zip(batches(samples, rows, batch_size=64, spec=model.reader), torch.split(target, 64), strict=True)
+    return torch.cat([explain(model, batch.x, aim, method=method).map.cpu() for batch, aim in pairs])
+
+# %% ../../nbs/5b_distillation/48_measures.ipynb #584dc4b4
+def looks_of(
+    models: Sequence[Model],  # the teacher, and all that will be compared with it
+    samples: Samples,  # the test images or texts
+    heard: Predictions,  # of the teacher
+    trial: Trial,  # how many images
+) -> tuple[Looks | None, str]:  # None where it can't be compared, with the reason
+    "Where the teacher looks."
+    if not trial.maps or samples.kind != "image":
+        return None, "" if samples.kind == "image" else "Texts: where the models look isn't compared."
+    try:
+        for model in models:
+            sharp_place(model)
+    except AdaptkitError as e:
+        return None, f"Where the models look isn't compared: {e}"
+    rows = chosen(len(samples), trial.n, seed=trial.seed)
+    target = torch.from_numpy(np.asarray(heard.predicted, np.int64)[rows])
+    return Looks(rows, target, maps_of(models[0], samples, rows, target)), ""
+
+
+def alike(
+    model: Model,  # left as it is
+    samples: Samples,  # the same images
+    looks: Looks,  # of the teacher
+) -> Measure:
+    "How far a model's maps have the order of the teacher's, where those aren't flat; what contradicts counts as nothing."
+    maps, flat = maps_of(model, samples, looks.rows, looks.target), looks.maps.flatten(1)
+    return share(likeness(looks.maps, maps).clamp(0, 1).numpy(), (flat.amax(1) > flat.amin(1)).numpy())
 
 # %% ../../nbs/5b_distillation/48_measures.ipynb #76220915
 def stood(
@@ -150,6 +210,7 @@ def measures(
     *,
     teacher: Predictions,  # of the teacher, about the same
     trial: Trial,  # for images
+    looks: Looks | None = None,  # where the teacher looks; None: that isn't compared
 ) -> dict[str, Measure]:  # by line
     "All measures of one model."
     said = predict(model, samples)
@@ -160,4 +221,5 @@ def measures(
         "agrees where the teacher is wrong": share(same, wrong),
         "calibration error": calibration(said),
     }
+    found |= {} if looks is None else {"looks where the teacher looks": alike(model, samples, looks)}
     return found | (stood(model, samples, trial) if samples.kind == "image" else {})

@@ -19,7 +19,8 @@ from ..models.stages import Backbone
 from ..robustness.contract import Logits, network_of
 
 # %% auto #0
-__all__ = ['repeated', 'places', 'last_place', 'stage_called', 'grid_of', 'as_map', 'caught', 'stage_gradient', 'spread']
+__all__ = ['repeated', 'places', 'last_place', 'sharp_place', 'stage_called', 'grid_of', 'as_map', 'caught', 'stage_gradient',
+           'spread']
 
 # %% ../../nbs/6b_explanation/15_places.ipynb #8fff63ea
 def repeated(
@@ -55,7 +56,7 @@ def places(
     whole = backbone.stages[0]
     return repeated(whole) or {n: m for n, m in whole.named_modules() if n}
 
-# %% ../../nbs/6b_explanation/15_places.ipynb #9149fca5
+# %% ../../nbs/6b_explanation/15_places.ipynb #e42d8a02
 def last_place(
     model: Logits,  # any
 ) -> str:
@@ -76,7 +77,21 @@ def last_place(
     )
     return found[-2]
 
+# %% ../../nbs/6b_explanation/15_places.ipynb #d27c8c10
+def sharp_place(
+    model: Logits,  # any
+    *,
+    cells: int = 4,  # that a map has at least on its shorter side, for images of the model's own size
+) -> str:
+    "The last stage whose map isn't too coarse to point at something; where there is none, the sharpest."
+    backbone = getattr(network_of(model), "backbone", None)
+    maps: dict[str, tuple[int, ...]] = {n: s for n, s in getattr(backbone, "shapes", {}).items() if len(s) == 3}
+    if len(maps) < 2:
+        return last_place(model)
+    sharp = [n for n, s in maps.items() if min(s[1:]) >= cells]
+    return sharp[-1] if sharp else max(maps, key=lambda n: min(maps[n][1:]))
 
+# %% ../../nbs/6b_explanation/15_places.ipynb #253cc983
 def stage_called(
     model: Logits,  # any
     name: str | None,  # None: the last one with positions
