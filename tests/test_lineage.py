@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.distillation.lineage import Lineage, lineage, lineage_page, read_lineage, write_lineage
-from adaptkit.distillation.measures import LINES, Trial, calibration, measures, share, weighed
+from adaptkit.distillation.measures import LINES, Trial, alike, calibration, looks_of, maps_of, measures, share, weighed
 from adaptkit.evaluation.compare import compare
 from adaptkit.evaluation.evaluate import predict
 from adaptkit.evaluation.metrics import Predictions
@@ -22,7 +23,8 @@ from adaptkit.robustness.corrupted import corrupted_accuracy
 from adaptkit.testing import toy_data
 
 FEW = Trial(n=9, corruptions=("contrast", "pixelate"), attack=PGD(0.02, steps=2), seed=4)
-BARE = Trial(corruptions=(), attack=None)
+BARE = Trial(corruptions=(), attack=None, n=9)
+BARE_LINES = [name for name in LINES if not name.startswith("accuracy, ")]
 
 
 def some(seed: int, n: int = 211, classes: int = 5) -> Predictions:
@@ -89,10 +91,11 @@ def test_the_paired_gain_is_that_of_compare_and_seeds_are_averaged():
 def test_measures_are_those_of_the_parts(data, models):
     teacher, student = models[:2]
     heard, said = predict(teacher, data.test), predict(student, data.test)
-    found = measures(student, data.test, teacher=heard, trial=FEW)
+    looks, why = looks_of([teacher, student], data.test, heard, FEW)
+    found = measures(student, data.test, teacher=heard, trial=FEW, looks=looks)
     value = {k: float(m(np.ones(len(m.below)))) for k, m in found.items()}
     wrong = heard.predicted != heard.labels
-    assert list(found) == list(LINES)
+    assert {*found} == {*LINES} and not why
     assert value["accuracy"] == pytest.approx((said.predicted == said.labels).mean())
     assert value["agrees with the teacher"] == pytest.approx((said.predicted == heard.predicted).mean())
     assert value["agrees where the teacher is wrong"] == pytest.approx((said.predicted == heard.predicted)[wrong].mean())
@@ -111,7 +114,7 @@ def test_the_report_holds_every_line_and_cost(report):
         assert all(0 <= s.low <= s.value + 1e-9 and s.high <= 1 + 1e-9 for s in by_role.values()), name
         assert by_role["distilled"].value - by_role["alone"].value == pytest.approx(report.gains[name].value)
     assert report.lines["agrees with the teacher"]["teacher"].value == 1
-    assert "times fewer" in report.verdict and report.table().shape == (10, 4)
+    assert "times fewer" in report.verdict and report.table().shape == (11, 4)
     assert report.show()._repr_png_()[:4] == b"\x89PNG"
 
 
@@ -127,7 +130,7 @@ def test_models_are_left_as_they_are_and_seeds_come_in_lists(data, models):
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
     found = lineage(models[0], models[1:], [models[2], models[1]], data, trial=BARE, rounds=6, count=100)
     assert found.gains["accuracy"].seeds[0] == pytest.approx(-found.gains["accuracy"].seeds[1])
-    assert list(found.lines) == [*LINES][:4]
+    assert list(found.lines) == BARE_LINES
     assert all(m.training for m in models)
     assert all(torch.equal(v, b[k]) for m, b in zip(models, before, strict=True) for k, v in m.state_dict().items())
 
@@ -170,7 +173,8 @@ def test_texts_are_neither_corrupted_nor_attacked():
     texts = dataclasses.replace(texts, test=texts.test.take(range(30)))
     models = [build_model("bag_of_embeddings", texts, size=16, seed=s) for s in range(3)]
     found = lineage(*models, texts, rounds=6, count=100)
-    assert list(found.lines) == [*LINES][:4] and "Texts" in found.remarks[-1]
+    assert list(found.lines) == [n for n in BARE_LINES if n != "looks where the teacher looks"]
+    assert "neither corrupted" in found.remarks[-2] and "isn't compared" in found.remarks[-1]
 
 
 def test_what_does_not_belong_together_is_refused(data, models):
@@ -189,3 +193,17 @@ def test_what_does_not_belong_together_is_refused(data, models):
         lineage(*models, data, split="tests")
     with pytest.raises(AdaptkitError, match="count=9"):
         lineage(*models, data, count=9)
+
+
+def test_where_models_look_is_a_correlation_and_flat_maps_dont_count(data, models):
+    teacher, student = models[:2]
+    heard = predict(teacher, data.test)
+    looks, _ = looks_of([teacher, student], data.test, heard, FEW)
+    assert looks is not None and len(looks.rows) == 9
+    line = alike(student, data.test, looks)
+    maps = maps_of(student, data.test, looks.rows, looks.target)
+    flat = (looks.maps.flatten(1).amax(1) == looks.maps.flatten(1).amin(1)).numpy()
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(m[:, None], 16).flatten(1).numpy() for m in (looks.maps, maps)]
+    rho = [max(0.0, spearmanr(a, b).statistic) if np.ptp(b) else 0.0 for a, b in zip(*pooled, strict=True)]
+    assert (line.below == ~flat).all() and line.above[0] == pytest.approx(np.where(flat, 0, rho), abs=1e-6)
+    assert looks_of([teacher], data.test, heard, dataclasses.replace(FEW, maps=False)) == (None, "")

@@ -36,8 +36,8 @@ def likeness(
 ) -> Tensor:  # -1 to 1, [B]; 0 where a map is flat
     "The rank correlation of each pair of maps on a coarse grid (Spearman 1904)."
     check(len(one) == len(two), f"Maps are compared in pairs; found {len(one)} and {len(two)}.")
-    flat = (nn.functional.adaptive_avg_pool2d(m[:, None].float(), GRID).flatten(1).cpu() for m in (one, two))
-    a, b = (torch.from_numpy(rankdata(m.numpy(), axis=1)) for m in flat)
+    flat = (nn.functional.adaptive_avg_pool2d(m[:, None].double(), GRID).flatten(1).cpu() for m in (one, two))
+    a, b = (torch.from_numpy(rankdata(m.float().numpy(), axis=1)) for m in flat)  # rounded: what is equal stays equal
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
     return found

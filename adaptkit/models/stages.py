@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['check_pixels', 'Staged', 'evaluating', 'WeightSource', 'pooled', 'arranged', 'Backbone', 'ImageBackbone', 'shapes_of',
+__all__ = ['check_pixels', 'arranged', 'Staged', 'evaluating', 'WeightSource', 'pooled', 'Backbone', 'ImageBackbone', 'shapes_of',
            'short', 'draw_stages']
 
 # %% ../../nbs/2_models/05_stages.ipynb #5673b47f
@@ -42,6 +42,14 @@ def check_pixels(
         f"Pixels have to lie in [0, 1]; found {low:.3g} to {high:.3g}: leave the normalisation to the backbone.",
     )
     return x
+
+# %% ../../nbs/2_models/05_stages.ipynb #f435b60e
+def arranged(
+    x: Tensor,  # pixels or a map [B, C, h, w], tokens [B, T, D], or features
+) -> Tensor:  # the same numbers
+    "A map on a CPU, with the channels of a position side by side, which convolutions are quicker with."
+    four = x.ndim == 4 and x.device.type == "cpu"
+    return x.contiguous(memory_format=torch.channels_last) if four else x
 
 # %% ../../nbs/2_models/05_stages.ipynb #0cb4a4aa
 class Staged(nn.Module):
@@ -67,7 +75,7 @@ class Staged(nn.Module):
         found = f"found start={start}, stop={stop}."
         check(0 <= start <= stop <= len(self.stages), f"Stages are numbered from 0 to {len(self.stages)}; {found}")
         for i in range(start, stop):
-            x = self.stages[i](x)
+            x = self.stages[i](arranged(x))  # at each stage, so that a part gives what the whole does
         return x
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
@@ -109,14 +117,6 @@ def pooled(
 ) -> Tensor:  # [B, C] or [B, D]
     "The mean over all positions of a map; features pass through."
     return x.mean((2, 3)) if x.ndim == 4 else x
-
-# %% ../../nbs/2_models/05_stages.ipynb #f435b60e
-def arranged(
-    x: Tensor,  # pixels or a map [B, C, h, w], tokens [B, T, D], or features
-) -> Tensor:  # the same numbers
-    "A map on a CPU, with the channels of a position side by side, which convolutions are quicker with."
-    four = x.ndim == 4 and x.device.type == "cpu"
-    return x.contiguous(memory_format=torch.channels_last) if four else x
 
 # %% ../../nbs/2_models/05_stages.ipynb #f44c8b3d
 class Backbone(Staged):
@@ -167,7 +167,7 @@ class Backbone(Staged):
     def forward(self, x: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         "From inputs, or with `start` > 0 from the output of stage start - 1."
         x = self.entered(x) if start == 0 and stop != 0 else x
-        return super().forward(arranged(x), start=start, stop=stop)
+        return super().forward(x, start=start, stop=stop)
 
     def features(self, x: Tensor) -> Tensor:
         "The mean over the last map, [B, width]."
