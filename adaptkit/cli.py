@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.training.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'main', 'adapt', 'adapted', 'audit', 'distil', 'run', 'summary', 'studio', 'doctor']
+__all__ = ['app', 'main', 'adapt', 'adapted', 'explain', 'audit', 'distil', 'run', 'summary', 'studio', 'doctor']
 
 # %% ../nbs/0_core/80_commands.ipynb #2646fdbc
 @click.group()
@@ -99,6 +99,23 @@ def adapted(
     )
     plan = Plan(epochs=epochs, batch_size=batch_size, seed=seed)
     return fit(model, data, FineTune(depth=depth), plan=plan, out=out, exists=exists)  # type: ignore[arg-type]
+
+# %% ../nbs/0_core/80_commands.ipynb #06c39102
+@app.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True)
+@click.option("--target", help="The class that is asked about; by default what the model says.")
+@click.option("--method", default="", help="The explainer by name; by default Grad-CAM.")
+@click.option("--data", default="", help="Where the data of the run are, to calibrate its probabilities.")
+@click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where explanation.html goes; by default to the run.")
+def explain(folder: Path, files: tuple[str, ...], out: Path | None, **how: Any) -> None:
+    "Explain what the model of the run in FOLDER says about FILES; leaves explanation.html, .png and .json."
+    from adaptkit.explanation.finished import explain_run, write_explained
+
+    found = explain_run(folder, files, **how)
+    page = write_explained(found, out or folder)
+    print("\n".join([*found.lines(), *found.to_json()["warnings"], f"picture   {page}"]))
 
 # %% ../nbs/0_core/80_commands.ipynb #c893a9b9
 @app.command()
