@@ -76,13 +76,14 @@ def class_numbers(
     *,
     classes: Sequence[str],  # names in the order of the logits; may be empty
     n: int,  # images
+    what: str = "images",  # or "texts"
 ) -> Tensor | None:  # [n]; None: what the model says
     "The classes that are asked for, as numbers; whether the model has them is checked when it has answered."
     if target is None:
         return None
     listed = target.tolist() if isinstance(target, Tensor) else target
     each = [listed] * n if isinstance(listed, int | str) else list(listed)
-    check(len(each) == n, f"{n} images need one target, or {n}; found {len(each)}.")
+    check(len(each) == n, f"{n} {what} need one target, or {n}; found {len(each)}.")
     return torch.tensor([class_number(one, classes) for one in each], dtype=torch.int64)
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #e92adb4f
@@ -144,7 +145,7 @@ def check_pictures(
     "Raise unless these are images that can be explained."
     check(
         isinstance(x, Tensor) and x.ndim == 4,
-        f"An explanation needs a batch of images [B, C, H, W]; found {list(getattr(x, 'shape', []))}: one image is x[None], texts can't be explained here.",
+        f"An explanation needs a batch of images [B, C, H, W]; found {list(getattr(x, 'shape', []))}: one image is x[None], texts go to explain_text.",
     )
     check(len(x) > 0, "There is nothing to explain: the batch is empty.")
     check(x.is_floating_point(), f"Images must be floats in [0, 1]; found {x.dtype}: divide bytes by 255.")
