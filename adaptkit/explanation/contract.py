@@ -17,8 +17,8 @@ from ..robustness.contract import Logits, network_of
 from ..robustness.contract import Settings as Settings
 
 # %% auto #0
-__all__ = ['EXPLAINERS', 'Target', 'Found', 'Explainer', 'class_number', 'class_numbers', 'aim', 'slope', 'check_pictures',
-           'suited_to', 'size_refused']
+__all__ = ['ALIKE', 'EXPLAINERS', 'Target', 'Found', 'Explainer', 'class_number', 'class_numbers', 'aim', 'slope',
+           'check_pictures', 'suited_to', 'size_refused']
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #e376d92d
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,9 @@ class Found:
     values: Tensor  # before they became a map: [B, C, H, W], or [B, h, w] on the grid of a stage
     total: Tensor | None = None  # what the values of an image should add up to, in logits, [B]; None: nothing
     warnings: tuple[str, ...] = ()  # what a reader has to know
+
+
+ALIKE = "This method gives the same map for every class: it says what the model looks at, not what speaks for a class."
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #871134a5
 class Explainer(Protocol):
