@@ -17,8 +17,8 @@ from ..robustness.contract import Logits, network_of
 from ..robustness.contract import Settings as Settings
 
 # %% auto #0
-__all__ = ['EXPLAINERS', 'Target', 'Found', 'Explainer', 'class_number', 'class_numbers', 'aim', 'slope', 'check_pictures',
-           'suited_to', 'size_refused']
+__all__ = ['ALIKE', 'EXPLAINERS', 'Target', 'Found', 'Explainer', 'class_number', 'class_numbers', 'aim', 'slope',
+           'check_pictures', 'suited_to', 'size_refused']
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #e376d92d
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,9 @@ class Found:
     values: Tensor  # before they became a map: [B, C, H, W], or [B, h, w] on the grid of a stage
     total: Tensor | None = None  # what the values of an image should add up to, in logits, [B]; None: nothing
     warnings: tuple[str, ...] = ()  # what a reader has to know
+
+
+ALIKE = "This method gives the same map for every class: it says what the model looks at, not what speaks for a class."
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #871134a5
 class Explainer(Protocol):
@@ -76,13 +79,14 @@ def class_numbers(
     *,
     classes: Sequence[str],  # names in the order of the logits; may be empty
     n: int,  # images
+    what: str = "images",  # or "texts"
 ) -> Tensor | None:  # [n]; None: what the model says
     "The classes that are asked for, as numbers; whether the model has them is checked when it has answered."
     if target is None:
         return None
     listed = target.tolist() if isinstance(target, Tensor) else target
     each = [listed] * n if isinstance(listed, int | str) else list(listed)
-    check(len(each) == n, f"{n} images need one target, or {n}; found {len(each)}.")
+    check(len(each) == n, f"{n} {what} need one target, or {n}; found {len(each)}.")
     return torch.tensor([class_number(one, classes) for one in each], dtype=torch.int64)
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #e92adb4f
@@ -144,7 +148,7 @@ def check_pictures(
     "Raise unless these are images that can be explained."
     check(
         isinstance(x, Tensor) and x.ndim == 4,
-        f"An explanation needs a batch of images [B, C, H, W]; found {list(getattr(x, 'shape', []))}: one image is x[None], texts can't be explained here.",
+        f"An explanation needs a batch of images [B, C, H, W]; found {list(getattr(x, 'shape', []))}: one image is x[None], texts go to explain_text.",
     )
     check(len(x) > 0, "There is nothing to explain: the batch is empty.")
     check(x.is_floating_point(), f"Images must be floats in [0, 1]; found {x.dtype}: divide bytes by 255.")
