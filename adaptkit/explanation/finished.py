@@ -155,10 +155,9 @@ def write_explained(
         figure.savefig(part, format="png", dpi=150, facecolor="white")
     told = {"title": "Why the model says so", "alt": "; ".join(explained.lines()[:most]), "style": STYLE}
     told |= {"picture": figure_uri(figure), "remarks": value["warnings"], "rows": value["answers"]}
-    page = filled(
-        PAGE, {**told, "words": Markup(words), "method": f"{value['method']} {value['config'] or ''}".strip()}
-    )
-    return write_both(folder, "explanation", value=value, text=page)
+    set_to = ", ".join(f"{k} {v}" for k, v in value["config"].items())
+    told |= {"words": Markup(words), "method": f"{value['method']}{f' ({set_to})' if set_to else ''}"}
+    return write_both(folder, "explanation", value=value, text=filled(PAGE, told))
 
 # %% ../../nbs/6b_explanation/60_finished.ipynb #1c39ac53
 def surest(
