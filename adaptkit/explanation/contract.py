@@ -31,6 +31,7 @@ class Found:
     values: Tensor  # before they became a map: [B, C, H, W], or [B, h, w] on the grid of a stage
     total: Tensor | None = None  # what the values of an image should add up to, in logits, [B]; None: nothing
     warnings: tuple[str, ...] = ()  # what a reader has to know
+    deviation: Tensor | None = None  # standard error of each value, like values; None: it isn't known
 
 # %% ../../nbs/6b_explanation/05_contract.ipynb #871134a5
 class Explainer(Protocol):
