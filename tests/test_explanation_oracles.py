@@ -15,13 +15,14 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def test_maps_are_those_of_the_others() -> None:
+@pytest.mark.parametrize(("script", "pairs"), [("compare_explanations", 25), ("compare_occlusion", 16)])
+def test_maps_are_those_of_the_others(script: str, pairs: int) -> None:
     try:
         python = oracles.interpreter(PINS)
     except RuntimeError as e:
         pytest.skip(f"NOT COMPARED: {e}")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(python), str(ROOT / "tests/compare_explanations.py")], capture_output=True, text=True, env=env)
+    done = subprocess.run([str(python), str(ROOT / f"tests/{script}.py")], capture_output=True, text=True, env=env)
     assert done.stdout, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 25 and all(row["apart"] <= 1e-4 for row in rows), done.stdout
+    assert len(rows) == pairs and all(row["apart"] <= 1e-4 for row in rows), done.stdout
