@@ -129,7 +129,7 @@ def slope(
         chosen = logits.gather(1, target[:, None]).sum()
         check(
             chosen.requires_grad,
-            "The model's logits don't depend on its input in a way that PyTorch can follow (detached, quantised, or no_grad inside): take a method without gradients, e.g. scorecam.",
+            "The model's logits don't depend on its input in a way that PyTorch can follow (detached, quantised, or no_grad inside): take a method without gradients, e.g. occlusion.",
         )
         (gradient,) = torch.autograd.grad(chosen, x)
     check(
