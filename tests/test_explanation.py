@@ -306,7 +306,7 @@ BAD = {
     "Did you mean 'high'": lambda m, x: explain(m, x, method=GradCAM("hihg")),
     "turn it into two": lambda m, x: explain(After(m, lambda z: z[:, :1]), x, method="gradient"),
     "take the softmax off": lambda m, x: explain(After(m, lambda z: z.softmax(1)), x, method="gradient"),
-    "e.g. scorecam": lambda m, x: explain(After(m, lambda z: z.detach()), x, method="gradient"),
+    "e.g. occlusion": lambda m, x: explain(After(m, lambda z: z.detach()), x, method="gradient"),
     "logits are no numbers": lambda m, x: explain(After(m, lambda z: z / 0), x, method="gradient"),
     "no named stages": lambda m, x: explain(After(m, lambda z: z), x),
     "none that are modules": lambda m, x: explain(nn.Sequential(nn.Flatten(), nn.Linear(1188, 2)), x, method="guidedbackprop"),

@@ -15,23 +15,14 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def rows_of(script: str) -> list[dict[str, object]]:
-    "What a script prints, one row for each pair."
+@pytest.mark.parametrize(("script", "pairs"), [("compare_explanations", 25), ("compare_occlusion", 16), ("compare_texts", 5)])
+def test_values_are_those_of_the_others(script: str, pairs: int) -> None:
     try:
         python = oracles.interpreter(PINS)
     except RuntimeError as e:
         pytest.skip(f"NOT COMPARED: {e}")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(python), str(ROOT / "tests" / script)], capture_output=True, text=True, env=env)
+    done = subprocess.run([str(python), str(ROOT / f"tests/{script}.py")], capture_output=True, text=True, env=env)
     assert done.stdout, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def test_maps_are_those_of_the_others() -> None:
-    rows = rows_of("compare_explanations.py")
-    assert len(rows) == 25 and all(row["apart"] <= 1e-4 for row in rows), rows
-
-
-def test_values_of_words_are_captums() -> None:
-    rows = rows_of("compare_texts.py")
-    assert len(rows) == 5 and all(row["apart"] <= 1e-4 for row in rows), rows
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == pairs and all(row["apart"] <= 1e-4 for row in rows), done.stdout

@@ -31,6 +31,7 @@ class Found:
     values: Tensor  # before they became a map: [B, C, H, W], or [B, h, w] on the grid of a stage
     total: Tensor | None = None  # what the values of an image should add up to, in logits, [B]; None: nothing
     warnings: tuple[str, ...] = ()  # what a reader has to know
+    deviation: Tensor | None = None  # standard error of each value, like values; None: it isn't known
 
 
 ALIKE = "This method gives the same map for every class: it says what the model looks at, not what speaks for a class."
@@ -132,7 +133,7 @@ def slope(
         chosen = logits.gather(1, target[:, None]).sum()
         check(
             chosen.requires_grad,
-            "The model's logits don't depend on its input in a way that PyTorch can follow (detached, quantised, or no_grad inside): take a method without gradients, e.g. scorecam.",
+            "The model's logits don't depend on its input in a way that PyTorch can follow (detached, quantised, or no_grad inside): take a method without gradients, e.g. occlusion.",
         )
         (gradient,) = torch.autograd.grad(chosen, x)
     check(

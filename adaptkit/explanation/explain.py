@@ -58,6 +58,7 @@ class Attribution:
     error: Tensor | None  # of an image: what its values add up to, minus what they should, in logits, [B]
     warnings: tuple[str, ...]  # what a reader has to know
     images: Tensor = field(repr=False)  # as they were given, [B, C, H, W]
+    deviation: Tensor | None = None  # standard error of each value, like values; None: it isn't known
 
     def show(self, most: int = 6) -> Figure:
         "Images beside their maps, with class, probability and warnings."
@@ -142,6 +143,7 @@ def attribution(
         error,
         (*said, *remarks(found, error)),
         x,
+        found.deviation,
     )
 
 # %% ../../nbs/6b_explanation/06_explain.ipynb #04a0686b
