@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['reliability', 'calibration_error', 'draw_reliability', 'tempered', 'fit_temperature']
+__all__ = ['reliability', 'calibration_error', 'draw_reliability', 'tempered', 'why_not', 'fit_temperature']
 
 # %% ../../nbs/6a_evaluation/20_calibration.ipynb #db503e12
 def reliability(
@@ -76,15 +76,21 @@ def tempered(
     return replace(predictions, logits=predictions.logits / np.float32(temperature))
 
 
+def why_not(
+    predictions: Predictions,  # of images or texts that the model hasn't learnt from
+) -> str:  # empty where one can be fitted
+    "Why no temperature can be fitted to these answers."
+    wrong = int((predictions.predicted != predictions.labels).sum())
+    told = f"Of {len(predictions)} answers {wrong} are wrong: a temperature can't be fitted to answers that are all right or all wrong"
+    return "" if 0 < wrong < len(predictions) else told
+
+
 def fit_temperature(
     predictions: Predictions,  # of images that the model hasn't learnt from
 ) -> float:  # 0.05 to 20
     "The temperature at which the true classes are likeliest (Guo 2017)."
-    wrong = int((predictions.predicted != predictions.labels).sum())
-    check(
-        0 < wrong < len(predictions),
-        f"Of {len(predictions)} answers {wrong} are wrong: a temperature can't be fitted to answers that are all right or all wrong; give images that the model hasn't learnt from, and more of them.",
-    )
+    told = why_not(predictions)
+    check(not told, f"{told}; give some that the model hasn't learnt from, and more of them.")
     found = minimize_scalar(
         lambda log: float(tempered(predictions, float(np.exp(log))).losses.mean()),
         bounds=(np.log(0.05), np.log(20)),

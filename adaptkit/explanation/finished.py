@@ -19,7 +19,7 @@ from ..core.files import replacing
 from ..core.registry import check
 from ..data.datasets import Data, Rows, Samples, batches
 from ..data.sources import DATASETS
-from ..evaluation.calibration import fit_temperature
+from ..evaluation.calibration import fit_temperature, why_not
 from ..evaluation.evaluate import predict
 from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
 from ..evaluation.metrics import Predictions
@@ -47,10 +47,8 @@ def temperature_of(
     if not data and about["name"] not in DATASETS:
         return None, f"Not calibrated: say with data (--data) where {about['name']!r} is."
     said = predict(run.model, data_of(run, data).valid)
-    wrong = int((said.predicted != said.labels).sum())
-    if not 0 < wrong < len(said):
-        return None, f"Not calibrated: of {len(said)} validation {run.model.backbone.kind}s {wrong} are wrong."
-    return fit_temperature(said), ""
+    told = why_not(said)
+    return (None, f"Not calibrated. {told}.") if told else (fit_temperature(said), "")
 
 
 def pixels(
