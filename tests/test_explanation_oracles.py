@@ -1,4 +1,4 @@
-"""Our maps beside those of captum and grad-cam, in an environment of their own."""
+"""Our maps beside those of captum and grad-cam, and our measures of maps beside those of captum and quantus, in an environment of their own."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
+import compare_explanations
+import compare_faithfulness
 import oracles
 import pytest
-from compare_explanations import PINS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def test_maps_are_those_of_the_others() -> None:
+@pytest.mark.parametrize(("script", "count"), [(compare_explanations, 25), (compare_faithfulness, 14)])
+def test_numbers_are_those_of_the_others(script: ModuleType, count: int) -> None:
     try:
-        python = oracles.interpreter(PINS)
+        python = oracles.interpreter(script.PINS)
     except RuntimeError as e:
         pytest.skip(f"NOT COMPARED: {e}")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(python), str(ROOT / "tests/compare_explanations.py")], capture_output=True, text=True, env=env)
+    done = subprocess.run([str(python), str(script.__file__)], capture_output=True, text=True, env=env)
     assert done.stdout, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 25 and all(row["apart"] <= 1e-4 for row in rows), done.stdout
+    assert len(rows) == count and all(row["apart"] <= 1e-4 for row in rows), done.stdout + done.stderr[-2000:]
