@@ -15,13 +15,43 @@ from torch import Tensor, nn
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.explanation.class_activation import GradCAM
 from adaptkit.explanation.contract import Found, Settings, slope
-from adaptkit.explanation.curves import Curves, deletion, deletion_frames, draw_curves, insertion, insertion_frames, ranking, road, still_said
+from adaptkit.explanation.curves import (
+    Curves,
+    deletion,
+    deletion_frames,
+    draw_curves,
+    insertion,
+    insertion_frames,
+    ranking,
+    road,
+    still_said,
+)
 from adaptkit.explanation.explain import explain, subject
-from adaptkit.explanation.faithfulness import Gate, beats_random, check_explanation, check_explanations, fingerprint, gains, rivals, smooth_maps, tail, wins_needed
+from adaptkit.explanation.faithfulness import (
+    Gate,
+    beats_random,
+    check_explanation,
+    check_explanations,
+    fingerprint,
+    gains,
+    rivals,
+    smooth_maps,
+    tail,
+    wins_needed,
+)
 from adaptkit.explanation.gradients import GuidedBackprop, IntegratedGradients
 from adaptkit.explanation.grounds import blurred, grey_ground, imputed
 from adaptkit.explanation.planted import edge_maps, learn_planted, planted
-from adaptkit.explanation.stability import cascade, infidelity, likeness, maps_of, max_sensitivity, redrawn, steadiness, weighted_layers
+from adaptkit.explanation.stability import (
+    cascade,
+    infidelity,
+    likeness,
+    maps_of,
+    max_sensitivity,
+    redrawn,
+    steadiness,
+    weighted_layers,
+)
 from adaptkit.heads.heads import Model
 from adaptkit.robustness.measuring import traces
 
