@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['Attribution', 'draw_attribution', 'remarks', 'attribution', 'explain', 'subject', 'check_explainer', 'check_repeated',
-           'check_broken']
+__all__ = ['UNCHECKED', 'Attribution', 'draw_attribution', 'Checked', 'remarks', 'attribution', 'explain', 'subject',
+           'check_explainer', 'check_repeated', 'check_broken']
 
 # %% ../../nbs/6b_explanation/06_explain.ipynb #f98343d8
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,16 @@ def draw_attribution(
     figure.suptitle(found.method, fontsize=10)
     figure.supxlabel("\n".join(textwrap.fill(w, 26 * n + 10) for w in found.warnings), fontsize=7)
     return figure
+
+# %% ../../nbs/6b_explanation/06_explain.ipynb #0f589e17
+UNCHECKED = "Not checked on this model: check_explanation(model, images, method=...) tries the method; hand its verdict to explain."
+
+
+class Checked(Protocol):
+    "What somebody has found out about a method on a model."
+
+    def objections(self, model: Logits, explainer: Explainer) -> tuple[str, ...]:
+        "Warnings; none if the method has passed on this very model."
 
 # %% ../../nbs/6b_explanation/06_explain.ipynb #2d60fd06
 def remarks(
@@ -153,6 +163,7 @@ def explain(
     target: Target = None,  # a class by number or name, or one for each image; None: what the model says
     *,
     method: str | Explainer = "gradcam",  # a name in EXPLAINERS, or one with settings of its own
+    verdict: Checked | None = None,  # of check_explanation about this method and model; None: a warning says so
     temperature: float | None = None,  # that calibrates the logits, > 0; None: plain softmax
     seed: int = 0,  # of methods that draw at random
 ) -> Attribution:
@@ -161,7 +172,8 @@ def explain(
     check_pictures(x)
     check(temperature is None or temperature > 0, f"temperature = {temperature}: it must be above 0, or None.")
     plain = getattr(model, "_orig_mod", model)
-    said = [] if plain is model else ["The model is compiled: it was explained as it was before."]
+    said = [*((UNCHECKED,) if verdict is None else verdict.objections(plain, explainer))]
+    said += [] if plain is model else ["The model is compiled: it was explained as it was before."]
     network, classes = network_of(plain), tuple(getattr(network_of(plain), "classes", ()))
     wanted = class_numbers(target, classes=classes, n=len(x))
     with torch.inference_mode(False), quiet_model(plain):
