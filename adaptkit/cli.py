@@ -106,8 +106,9 @@ def adapted(
 @click.argument("files", nargs=-1, required=True)
 @click.option("--target", help="The class that is asked about; by default what the model says.")
 @click.option("--method", default="", help="The explainer by name; by default Grad-CAM.")
-@click.option("--data", default="", help="Where the data of the run are, to calibrate its probabilities.")
-@click.option("--seed", default=0, show_default=True, help="Of methods that draw at random.")
+@click.option("--data", default="", help="Where the data are, if the run was trained on a folder or a table.")
+@click.option("--check", "check_method", is_flag=True, help="Try the method on validation images first.")
+@click.option("--seed", default=0, show_default=True, help="Of everything that is random.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where explanation.html goes; by default to the run.")
 def explain(folder: Path, files: tuple[str, ...], out: Path | None, **how: Any) -> None:
     "Explain what the model of the run in FOLDER says about FILES; leaves explanation.html, .png and .json."

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from adaptkit.core.registry import AdaptkitError
-from adaptkit.explanation.compare import by_chance, compare_chain, compare_explanations, likeness
+from adaptkit.explanation.compare import by_chance, coarse_likeness, compare_chain, compare_explanations
 from adaptkit.explanation.explain import explain, subject
 from adaptkit.heads.heads import build_model
 from adaptkit.robustness.measuring import traces
@@ -21,9 +21,9 @@ def maps(seed: int, n: int = 4, h: int = 16, w: int = 16) -> torch.Tensor:
 def test_likeness_is_spearman_with_ties_and_any_sizes() -> None:
     a, b = maps(0), maps(1) + maps(0)
     theirs = [spearmanr(x.flatten(), y.flatten()).statistic for x, y in zip(a, b, strict=True)]
-    assert likeness(a, b).numpy() == pytest.approx(theirs, abs=1e-9)
+    assert coarse_likeness(a, b).numpy() == pytest.approx(theirs, abs=1e-9)
     doubled = b.repeat_interleave(2, 1).repeat_interleave(3, 2)  # [4, 32, 48]
-    assert likeness(a, doubled).numpy() == pytest.approx(theirs, abs=1e-6)
+    assert coarse_likeness(a, doubled).numpy() == pytest.approx(theirs, abs=1e-6)
 
 
 def test_chance_is_the_mean_over_other_images() -> None:
@@ -70,4 +70,4 @@ def test_what_cannot_be_compared_is_told() -> None:
     with pytest.raises(AdaptkitError, match="different classes"):
         compare_explanations(net, other, x)
     with pytest.raises(AdaptkitError, match="in pairs"):
-        likeness(maps(0), maps(1, n=3))
+        coarse_likeness(maps(0), maps(1, n=3))

@@ -16,7 +16,14 @@ from adaptkit.data.sources import load_data
 from adaptkit.evaluation.calibration import fit_temperature
 from adaptkit.evaluation.evaluate import predict
 from adaptkit.evaluation.metrics import Predictions
-from adaptkit.explanation.finished import explain_run, report_figures, surest, temperature_of, write_explained
+from adaptkit.explanation.finished import (
+    explain_run,
+    report_figures,
+    surest,
+    temperature_of,
+    verdict_on,
+    write_explained,
+)
 from adaptkit.heads.heads import build_model
 from adaptkit.training.finetune import FineTune
 from adaptkit.training.loop import fit
@@ -61,13 +68,13 @@ def test_a_file_is_answered_as_the_model_answers_it_in_its_data(run: Run, images
     said = predict(run.model, data.test)
     assert [data.classes.index(n) for n in found.found.names] == said.predicted.tolist()
     assert found.found.probability.numpy() == pytest.approx(said.probabilities.max(1), abs=1e-5)
-    assert "Not calibrated" in found.remarks[0] and "--data" in found.remarks[0] and "softmax" in found.lines()[0]
+    assert "Neither calibrated" in found.remarks[0] and "--data" in found.remarks[0] and "softmax" in found.lines()[0]
 
 
 def test_with_its_data_probabilities_are_calibrated(run: Run, images: Path) -> None:
     data = load_data(str(images), split=run.folder / "split.json")
     said = predict(run.model, data.valid)
-    temperature, remark = temperature_of(run, str(images))
+    temperature, remark = temperature_of(run.model, data)
     if 0 < (said.predicted != said.labels).sum() < len(said):
         assert temperature == pytest.approx(fit_temperature(said)) and not remark
     else:
@@ -137,3 +144,13 @@ def test_what_is_refused_is_told_in_a_sentence_and_nothing_is_left(run: Run, ima
     with pytest.raises(AdaptkitError, match=told):
         explain_run(run.folder, [names.get(i, i) for i in inputs], **how)
     assert sorted(run.folder.iterdir()) == before
+
+
+def test_a_method_is_tried_on_validation_images_before_it_is_believed(run: Run, images: Path) -> None:
+    file = images / "dark" / "00.png"
+    blind = explain_run(run.folder, [file])
+    seen = explain_run(run.folder, [file], data=str(images), check_method=True)
+    assert any("Not checked" in w for w in blind.found.warnings) and not any("Not checked" in w for w in seen.found.warnings)
+    data = load_data(str(images), split=run.folder / "split.json")
+    with pytest.raises(AdaptkitError, match="give at least 7"):
+        verdict_on(run.model, data, n=3)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptkit.core.registry import AdaptkitError
-from adaptkit.explanation.attention import attending, attentions, attentive, relevance, rolled, rows_read, small_transformer
+from adaptkit.explanation.attention import (
+    attending,
+    attentions,
+    attentive,
+    relevance,
+    rolled,
+    rows_read,
+    small_transformer,
+)
 from adaptkit.explanation.contract import ALIKE, EXPLAINERS, Found
 from adaptkit.explanation.explain import check_explainer, explain
 from adaptkit.explanation.fading import faded, hidden_word, token_table

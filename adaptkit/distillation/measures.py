@@ -18,7 +18,7 @@ from ..data.datasets import Rows, Samples, batches
 from ..evaluation.evaluate import predict
 from ..evaluation.intervals import Score, resampled
 from ..evaluation.metrics import Floats, Integers, Predictions
-from ..explanation.compare import likeness
+from ..explanation.compare import coarse_likeness
 from ..explanation.contract import EXPLAINERS
 from ..explanation.explain import explain
 from ..explanation.places import sharp_place
@@ -183,7 +183,7 @@ def alike(
 ) -> Measure:
     "How far a model's maps have the order of the teacher's, where those aren't flat; what contradicts counts as nothing."
     maps, flat = maps_of(model, samples, looks.rows, looks.target), looks.maps.flatten(1)
-    return share(likeness(looks.maps, maps).clamp(0, 1).numpy(), (flat.amax(1) > flat.amin(1)).numpy())
+    return share(coarse_likeness(looks.maps, maps).clamp(0, 1).numpy(), (flat.amax(1) > flat.amin(1)).numpy())
 
 # %% ../../nbs/5b_distillation/48_measures.ipynb #76220915
 def stood(

@@ -11,36 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..core.registry import check
 from ..data.datasets import Samples, batches
 from .contract import Explainer, Target
 from .explain import Attribution, explain
+from .stability import likeness
 from ..robustness.contract import Logits, network_of
 
 if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['GRID', 'likeness', 'by_chance', 'pixels_of', 'Comparison', 'compare_chain', 'compare_explanations', 'draw_comparison']
+__all__ = ['GRID', 'coarse_likeness', 'by_chance', 'pixels_of', 'Comparison', 'compare_chain', 'compare_explanations',
+           'draw_comparison']
 
 # %% ../../nbs/6b_explanation/50_compare.ipynb #fe1f178c
 GRID = 16  # cells on each side, on which maps are compared
 
 
-def likeness(
+def coarse_likeness(
     one: Tensor,  # maps, [B, H, W]
     two: Tensor,  # maps of the same images, of any size, [B, h, w]
 ) -> Tensor:  # -1 to 1, [B]; 0 where a map is flat
     "The rank correlation of each pair of maps on a coarse grid (Spearman 1904)."
     check(len(one) == len(two), f"Maps are compared in pairs; found {len(one)} and {len(two)}.")
-    flat = (nn.functional.adaptive_avg_pool2d(m[:, None].double(), GRID).flatten(1).cpu() for m in (one, two))
-    a, b = (torch.from_numpy(rankdata(m.float().numpy(), axis=1)) for m in flat)  # rounded: what is equal stays equal
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
-    return found
+    a, b = (nn.functional.adaptive_avg_pool2d(m[:, None].double(), GRID).float().cpu() for m in (one, two))
+    return likeness(a, b, by_rank=True)  # rounded before: what is equal stays equal
 
 
 def by_chance(
@@ -51,7 +49,7 @@ def by_chance(
 ) -> Tensor:  # -1 to 1, [B]
     "How alike a map is to those of other images, on average."
     others = range(1, min(len(one), most + 1))
-    return torch.stack([likeness(one, two.roll(k, 0)) for k in others]).mean(0)
+    return torch.stack([coarse_likeness(one, two.roll(k, 0)) for k in others]).mean(0)
 
 # %% ../../nbs/6b_explanation/50_compare.ipynb #c1e10a30
 def pixels_of(
@@ -117,7 +115,7 @@ def compare_chain(
     maps = {n: found.get(n) or explain(m, pixels[n], same, method=method, seed=seed) for n, m in models.items()}
     first, *others = maps
     start, few = maps[first].map, len(pixels[first]) < 2
-    near = {n: likeness(start, maps[n].map) for n in others}
+    near = {n: coarse_likeness(start, maps[n].map) for n in others}
     luck = {n: torch.full_like(near[n], torch.nan) if few else by_chance(start, maps[n].map) for n in others}
     return Comparison(maps, near, luck, pixels[first].detach())
 

@@ -23,8 +23,9 @@ from ..evaluation.calibration import fit_temperature, why_not
 from ..evaluation.evaluate import predict
 from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
 from ..evaluation.metrics import Predictions
-from .contract import EXPLAINERS
+from .contract import EXPLAINERS, Explainer
 from .explain import Attribution, explain
+from .faithfulness import Gate, Verdict, check_explanation
 from .places import sharp_place
 from .texts import TextAttribution, explain_text
 from ..heads.heads import Model
@@ -35,18 +36,27 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['PAGE', 'temperature_of', 'pixels', 'why', 'Explained', 'explain_run', 'write_explained', 'surest', 'report_figures']
+__all__ = ['BRIEF', 'PAGE', 'stored_data', 'temperature_of', 'pixels', 'usual', 'why', 'verdict_on', 'Explained', 'explain_run',
+           'write_explained', 'surest', 'report_figures']
 
 # %% ../../nbs/6b_explanation/60_finished.ipynb #b9e5999c
-def temperature_of(
+def stored_data(
     run: Run,  # finished
     data: str = "",  # where its data are; empty: the name that the run has recorded
+) -> tuple[Data | None, str]:  # None where they can't be found, and what to do
+    "The data of a run, if it is known where they are."
+    name = run.record["data"]["name"]
+    if not data and name not in DATASETS:
+        return None, f"Neither calibrated nor checked: say with data (--data) where {name!r} is."
+    return data_of(run, data), ""
+
+
+def temperature_of(
+    model: Model,  # left as it is
+    data: Data,  # of its run
 ) -> tuple[float | None, str]:  # None where there is none, and why
-    "The temperature that calibrates a model on the validation samples of its run."
-    about = run.record["data"]
-    if not data and about["name"] not in DATASETS:
-        return None, f"Not calibrated: say with data (--data) where {about['name']!r} is."
-    said = predict(run.model, data_of(run, data).valid)
+    "The temperature that calibrates a model on validation samples."
+    said = predict(model, data.valid)
     told = why_not(said)
     return (None, f"Not calibrated. {told}.") if told else (fit_temperature(said), "")
 
@@ -58,6 +68,13 @@ def pixels(
     "Images as the model reads them."
     return torch.cat([b.x for b in batches(samples, np.arange(len(samples)), batch_size=64, spec=model.reader)])
 
+# %% ../../nbs/6b_explanation/60_finished.ipynb #7c160e98
+def usual(
+    model: Model,  # for images
+) -> Explainer:
+    "The method that is taken if nobody names one: Grad-CAM, where the map isn't too coarse."
+    return EXPLAINERS["gradcam"](stage=sharp_place(model))
+
 
 def why(
     model: Model,  # left as it is
@@ -65,6 +82,7 @@ def why(
     *,
     target: int | str | None = None,  # the class that is asked about; None: what the model says
     method: str = "",  # a name in EXPLAINERS; empty: what suits images, or texts
+    verdict: Verdict | None = None,  # on the method; None: a warning says that it wasn't checked
     temperature: float | None = None,  # that calibrates the logits, > 0; None: plain softmax
     seed: int = 0,  # of methods that draw at random
 ) -> Attribution | TextAttribution:
@@ -72,8 +90,26 @@ def why(
     how: dict[str, Any] = {"temperature": temperature, "seed": seed}
     if not isinstance(asked, Tensor):
         return explain_text(model, asked, target, method=method or "integratedgradients", **how)
-    fit = EXPLAINERS[method]() if method else EXPLAINERS["gradcam"](stage=sharp_place(model))
-    return explain(model, asked, target, method=fit, **how)
+    return explain(model, asked, target, method=method or usual(model), verdict=verdict, **how)
+
+
+BRIEF = Gate(opponents=5, steps=7, draws=1)  # for those who wait
+
+
+def verdict_on(
+    model: Model,  # for images; left as it is
+    data: Data,  # whose validation images the method is tried on
+    *,
+    method: str = "",  # a name in EXPLAINERS; empty: the usual one
+    n: int = 24,  # images, drawn by chance, >= 7
+    gate: Gate = BRIEF,  # what it has to reach
+    seed: int = 0,  # of the draws
+) -> Verdict:
+    "Whether a method's maps can be believed on this model."
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data.valid))[:n])
+    return check_explanation(
+        model, pixels(model, data.valid.take(rows)), method=method or usual(model), gate=gate, seed=seed
+    )
 
 # %% ../../nbs/6b_explanation/60_finished.ipynb #13fd3094
 @dataclass(frozen=True, eq=False)
@@ -106,22 +142,26 @@ def explain_run(
     folder: str | Path,  # of a finished run
     inputs: Sequence[str | Path],  # image files; for a model that reads texts, texts
     *,
-    data: str = "",  # where the data of the run are, to calibrate; empty: the name that the run has recorded
+    data: str = "",  # where the data of the run are; empty: the name that the run has recorded
+    check_method: bool = False,  # whether the method is tried on validation images first
     **how: Any,  # target, method, seed: as in `why`
 ) -> Explained:
     "Why the model of a run says what it says about these files, or texts."
     run = open_run(folder)
     kind = run.model.backbone.kind
     check(len(inputs) > 0, f"There is nothing to explain: give one {kind} or more.")
-    temperature, remark = temperature_of(run, data)
+    stored, missing = stored_data(run, data)
+    how["temperature"], remark = temperature_of(run.model, stored) if stored else (None, missing)
     remarks = (remark,) if remark else ()
     if kind == "text":
         texts = [str(t) for t in inputs]
         short = tuple(textwrap.shorten(t, 60) for t in texts)
-        return Explained(short, why(run.model, texts, temperature=temperature, **how), remarks)
+        return Explained(short, why(run.model, texts, **how), remarks)
     files = [Path(f) for f in inputs]
     x = pixels(run.model, Samples(files, np.zeros(len(files), np.int64)))
-    return Explained(tuple(f.name for f in files), why(run.model, x, temperature=temperature, **how), remarks)
+    if check_method and stored:
+        how["verdict"] = verdict_on(run.model, stored, method=how.get("method", ""), seed=how.get("seed", 0))
+    return Explained(tuple(f.name for f in files), why(run.model, x, **how), remarks)
 
 # %% ../../nbs/6b_explanation/60_finished.ipynb #320ac031
 PAGE = (
@@ -181,13 +221,13 @@ def report_figures(
     split: str = "test",  # which one
     most: int = 6,  # samples that are shown
     of: int | None = None,  # a class; None: a few of each
-    temperature: float | None = None,  # that calibrates the logits, > 0; None: plain softmax
+    **how: Any,  # method, verdict, temperature, seed: as in `why`
 ) -> dict[str, Figure]:  # by caption, as a report takes them
     "What speaks for the class of the samples that a model is surest of."
     samples = data.splits[split].take(surest(said, most=most, of=of))
     if not len(samples):
         return {}
     texts = [samples.text(i) for i in range(len(samples))] if data.kind == "text" else None
-    found = why(model, texts or pixels(model, samples), temperature=temperature)
+    found = why(model, texts or pixels(model, samples), **how)
     each = "each class" if of is None else repr(data.classes[of])
     return {f"What speaks for the class, in {split} {data.kind}s of {each}: {found.method}": found.show(most)}
