@@ -1,6 +1,7 @@
-"""How fast are Grad-CAM and integrated gradients, beside captum?
+"""How fast are Grad-CAM, integrated gradients, and a click in the lab, beside captum?
 
-EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does; processor seconds, so that it doesn't matter what else runs. Run it with
+EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does. A click chooses an image that the lab hasn't
+seen: map, four pictures, facts, and a PNG for the browser; beside it stands captum's map of one image as captum draws it, a PNG, too. Processor seconds, so that it doesn't matter what else runs. Run it with
 the Python of an environment that has both; without one it is made, as tests/oracles.py makes them.
 
     python benchmarks/explanations.py [--images 16] [--steps 50] [--pairs 3]
@@ -69,6 +70,41 @@ def measure(n: int, steps: int, pairs: int) -> dict[str, Any]:
     return found
 
 
+def click(n: int) -> dict[str, float]:
+    "Choose one image after the other in the lab; its widgets find nobody to talk to."
+    import io
+    from unittest.mock import patch
+
+    import comm
+    import torch
+    from captum.attr import LayerAttribution, LayerGradCam
+    from captum.attr import visualization as drawing
+
+    from adaptkit.heads.heads import Named, build_model
+    from adaptkit.models.backbones import load_backbone
+    from adaptkit.widgets.explanation_lab import ExplanationLab
+
+    model = build_model(load_backbone("efficientnet_lite0"), Named(tuple("abcd")), seed=0).eval()
+    x = torch.rand(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    peer = LayerGradCam(model, model.backbone.stages[-1])
+    first, second = iter(range(1, n)), iter(range(1, n))
+
+    def theirs() -> None:
+        i = next(second)
+        target = int(model(x[i : i + 1]).argmax())
+        found = LayerAttribution.interpolate(peer.attribute(x[i : i + 1], target=target), (224, 224), "bilinear")[0].detach()
+        pictures = [v.permute(1, 2, 0).numpy() for v in (found, x[i])]
+        figure, _ = drawing.visualize_image_attr(*pictures, method="blended_heat_map", sign="positive", use_pyplot=False)
+        figure.savefig(io.BytesIO(), format="png", dpi=100)
+
+    with patch("comm.create_comm", comm.DummyComm):
+        lab = ExplanationLab(model, x)
+        lab.panel.sync()
+        found = paired(lambda: lab.set(image=next(first)), theirs, n - 1)
+    print("click", {k: round(v, 2) for k, v in found.items()}, flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("images", 16), ("steps", 50), ("pairs", 3)):
@@ -85,7 +121,8 @@ def main() -> None:
         subprocess.run(told, check=True, env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"})
         return
     found = measure(asked.images, asked.steps, asked.pairs)
-    result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread", "methods": found}
+    found["click"] = click(8)
+    result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread; of a click, for one", "methods": found}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 

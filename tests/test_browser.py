@@ -336,6 +336,56 @@ def test_a_lab_is_moved_with_the_keyboard_and_checks_the_answer(tab: tuple[Any, 
     assert stored(path)[1]["application/vnd.adaptkit.widget+json"]["state"]["values"] == {"depth": 1}
 
 
+EXPLAINED = """
+from adaptkit.explanation.planted import learn_planted, planted
+from adaptkit.widgets.explanation_lab import ExplanationLab
+
+lab = ExplanationLab(learn_planted(images=256, epochs=5), planted(3, seed=1).x, methods=("gradcam", "gradient"), frames=10)
+"""
+
+
+def test_an_explanation_is_chosen_with_the_keyboard_and_played(tab: tuple[Any, str], folder: Path) -> None:
+    path = write(folder, "explained.ipynb", EXPLAINED, "lab")
+    page = Notebook(*tab, path.name).open()
+    page.run()
+    menus, readout = page.panel.locator(".widget-dropdown select:visible"), page.panel.locator(".widget-readout:visible").last
+    for menu, text in ((0, "image: image 1"), (3, "stage: middle")):  # image, class, method, stage, way
+        menus.nth(menu).focus()
+        menus.nth(menu).press("ArrowDown" if menu == 0 else "ArrowUp")
+        page.panel.locator(f"img[alt*='{text}']:visible").first.wait_for(timeout=60_000)
+    play = page.button("Play")
+    play.focus()
+    play.press("Enter")
+    page.panel.locator(".mod-active", has_text="Play").wait_for(timeout=60_000)
+    page.panel.locator("img[alt*='share of pixels: 100%']:visible").first.wait_for(timeout=60_000)
+    page.panel.locator("button.jupyter-button:not(.mod-active)", has_text="Play").wait_for(timeout=60_000)
+    page.shoot("lab-explanation-played", page.panel.locator("[role=application]:visible"))
+    play.press("Enter")  # once more, from the beginning, and stopped on the way
+    page.panel.locator("img[alt*='share of pixels: 20%']:visible").first.wait_for(timeout=60_000)
+    play.press("Enter")
+    page.idle()
+    stopped = readout.text_content()
+    page.tab.wait_for_timeout(2000)
+    assert readout.text_content() == stopped and stopped not in ("0%", "100%")
+    slider = page.panel.locator(".noUi-handle").last
+    slider.focus()
+    slider.press("Home")
+    page.panel.locator("img[alt*='share of pixels: 0%']:visible").first.wait_for(timeout=60_000)
+    for step in range(1, 11):
+        slider.press("ArrowRight")
+        page.panel.locator(f"img[alt*='share of pixels: {10 * step}%']:visible").first.wait_for(timeout=60_000)
+        page.button("Check my answer").click()
+        page.panel.locator(".right, .wrong").first.wait_for(timeout=60_000)
+        if page.panel.locator(".right").count():
+            break
+    assert page.panel.locator(".right", has_text="of the pixels gone").count() == 1
+    page.shoot("lab-explanation-answered", page.panel.locator(".right"))
+    page.save()
+    page.stop()
+    kept = stored(path)[1]["application/vnd.adaptkit.widget+json"]["state"]
+    assert kept["right"] and kept["values"]["image"] == 1 and kept["values"]["stage"] == "middle"
+
+
 POINTED = """
 import json
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,11 +25,13 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.checks import DataReport
 from adaptkit.data.findings import Finding
 from adaptkit.evaluation.metrics import Predictions
-from adaptkit.heads.heads import Named, build_model
+from adaptkit.explanation.planted import learn_planted, planted
+from adaptkit.heads.heads import Model, Named, build_model
 from adaptkit.testing import toy_data
 from adaptkit.training.finder import RateCurve
 from adaptkit.widgets.data_labs import ChecksLab, ConfusionLab, corrected, export
 from adaptkit.widgets.distillation_lab import DistillationLab, doubt, relatives, soft_labels
+from adaptkit.widgets.explanation_lab import ExplanationLab
 from adaptkit.widgets.head_lab import HeadLab
 from adaptkit.widgets.labs import LABS, Lab, check_lab, steps
 from adaptkit.widgets.robustness_lab import RobustnessLab
@@ -82,6 +85,16 @@ def distillation_lab() -> DistillationLab:
     return DistillationLab(lab.case.model, lab.case.x, lab.case.y, classes=lab.classes)
 
 
+@cache
+def striped() -> Model:
+    "A network that tells lying stripes from standing ones."
+    return learn_planted(images=256, epochs=5)
+
+
+def explanation_lab() -> ExplanationLab:
+    return ExplanationLab(striped(), planted(2, seed=1).x, methods=("gradcam", "gradient"), frames=10)
+
+
 def checks_lab() -> ChecksLab:
     two = (Finding("doubtful labels", "warning", "Doubted: 4 labels.", ROWS), Finding("copies within a split", "note", "Copies.", ROWS[:2]))
     return ChecksLab(DATA, DataReport("toy", DATA.fingerprint, two))
@@ -92,7 +105,7 @@ def keep_all(lab: Lab) -> None:
         lab.set(item=i, decision="keep")
 
 
-OURS = {"rate": rate_lab, "freezing": freeze_lab, "head": head_lab, "confusion": confusion_lab, "checks": checks_lab, "robustness": robustness_lab, "distillation": distillation_lab}
+OURS = {"rate": rate_lab, "freezing": freeze_lab, "head": head_lab, "confusion": confusion_lab, "checks": checks_lab, "robustness": robustness_lab, "distillation": distillation_lab, "explanation": explanation_lab}
 
 
 def click(lab: Lab, axes: int, x: float, y: float) -> None:
