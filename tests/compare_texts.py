@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adaptkit.explanation.fading import hidden_word, token_table
+from adaptkit.explanation.fading import token_table
 from adaptkit.explanation.gradients import IntegratedGradients
 from adaptkit.explanation.pieces import read_text
 from adaptkit.explanation.texts import explain_text
