@@ -17,6 +17,8 @@ from adaptkit.explanation.attention import (
     attending,
     attentions,
     attentive,
+    draw_attention,
+    piece_labels,
     relevance,
     rolled,
     rows_read,
@@ -347,6 +349,12 @@ def test_attention_is_what_transformers_returns(minilm: Model) -> None:
     ours = attentions(minilm, TEXTS[:2])
     assert len(ours) == len(theirs) == 6 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
     assert kept(minilm)
+
+
+def test_attention_is_drawn_with_pieces_as_they_were_written(minilm: Model) -> None:
+    assert piece_labels(minilm, "Isn't $x_1$") == ["[mark]", "Isn", "'", "t", "$", "x", "_", "1", "$", "[mark]"]
+    assert draw_attention(minilm, "Isn't $x_1$", heads=2)._repr_png_()[:4] == b"\x89PNG"
+    assert draw_attention(*attentive())._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_attention_of_vision_transformers_is_theirs() -> None:
