@@ -101,12 +101,14 @@ def verdict_on(
     data: Data,  # whose validation images the method is tried on
     *,
     method: str = "",  # a name in EXPLAINERS; empty: the usual one
-    n: int = 24,  # images, drawn by chance, >= 7
+    of: int | None = None,  # only images that are taken for this class; None: all
+    n: int = 24,  # images at most, drawn by chance, >= 7
     gate: Gate = BRIEF,  # what it has to reach
     seed: int = 0,  # of the draws
 ) -> Verdict:
     "Whether a method's maps can be believed on this model."
-    rows = np.sort(np.random.default_rng(seed).permutation(len(data.valid))[:n])
+    some = np.arange(len(data.valid)) if of is None else np.flatnonzero(predict(model, data.valid).predicted == of)
+    rows = np.sort(np.random.default_rng(seed).permutation(some)[:n])
     return check_explanation(
         model, pixels(model, data.valid.take(rows)), method=method or usual(model), gate=gate, seed=seed
     )
