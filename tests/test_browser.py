@@ -340,7 +340,7 @@ EXPLAINED = """
 from adaptkit.explanation.planted import learn_planted, planted
 from adaptkit.widgets.explanation_lab import ExplanationLab
 
-lab = ExplanationLab(learn_planted(images=256, epochs=5), planted(3, seed=1).x, methods=("gradcam", "gradient"), frames=10)
+lab = ExplanationLab(learn_planted(), planted(3, seed=1).x, methods=("gradcam", "gradient"), frames=10)
 """
 
 
@@ -349,9 +349,10 @@ def test_an_explanation_is_chosen_with_the_keyboard_and_played(tab: tuple[Any, s
     page = Notebook(*tab, path.name).open()
     page.run()
     menus, readout = page.panel.locator(".widget-dropdown select:visible"), page.panel.locator(".widget-readout:visible").last
-    for menu, text in ((0, "image: image 1"), (3, "stage: middle")):  # image, class, method, stage, way
+    for menu, way, text in ((0, "ArrowDown", "image: image 1"), (3, "ArrowUp", "stage: middle")):  # image, class, method, stage, way
         menus.nth(menu).focus()
-        menus.nth(menu).press("ArrowDown" if menu == 0 else "ArrowUp")
+        for key in ("Space", way, "Enter"):
+            menus.nth(menu).press(key)
         page.panel.locator(f"img[alt*='{text}']:visible").first.wait_for(timeout=60_000)
     play = page.button("Play")
     play.focus()
@@ -361,8 +362,10 @@ def test_an_explanation_is_chosen_with_the_keyboard_and_played(tab: tuple[Any, s
     page.panel.locator("button.jupyter-button:not(.mod-active)", has_text="Play").wait_for(timeout=60_000)
     page.shoot("lab-explanation-played", page.panel.locator("[role=application]:visible"))
     play.press("Enter")  # once more, from the beginning, and stopped on the way
-    page.panel.locator("img[alt*='share of pixels: 20%']:visible").first.wait_for(timeout=60_000)
+    page.tab.wait_for_function("e => !['0%', '100%'].includes(e.textContent)", arg=readout.element_handle(), timeout=60_000)
     play.press("Enter")
+    page.panel.locator("button.jupyter-button:not(.mod-active)", has_text="Play").wait_for(timeout=60_000)
+    page.tab.wait_for_timeout(1000)
     page.idle()
     stopped = readout.text_content()
     page.tab.wait_for_timeout(2000)
