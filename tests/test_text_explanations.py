@@ -17,11 +17,8 @@ from adaptkit.explanation.attention import (
     attending,
     attentions,
     attentive,
-<<<<<<< HEAD
-=======
     draw_attention,
     piece_labels,
->>>>>>> texts
     relevance,
     rolled,
     rows_read,
