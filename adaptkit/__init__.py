@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from adaptkit.data.sources import load_data as load_data
     from adaptkit.evaluation.compare import compare as compare
     from adaptkit.evaluation.evaluate import evaluate as evaluate
+    from adaptkit.explanation.compare import compare_explanations as compare_explanations
+    from adaptkit.explanation.explain import explain as explain
+    from adaptkit.explanation.faithfulness import check_explanation as check_explanation
+    from adaptkit.explanation.texts import explain_text as explain_text
     from adaptkit.heads.heads import Model as Model
     from adaptkit.heads.heads import build_model as build_model
     from adaptkit.heads.heads import load_model as load_model
@@ -45,6 +49,10 @@ _HOME = {
     "data.sources": ("load_data",),
     "evaluation.compare": ("compare",),
     "evaluation.evaluate": ("evaluate",),
+    "explanation.compare": ("compare_explanations",),
+    "explanation.explain": ("explain",),
+    "explanation.faithfulness": ("check_explanation",),
+    "explanation.texts": ("explain_text",),
     "heads.heads": ("Model", "build_model", "load_model"),
     "models.backbones": ("load_backbone",),
     "models.tokens": ("WordDropout", "read_texts"),

@@ -61,6 +61,7 @@ def adapt(data: str, text: str | None, label: str | None, backbone: str | None, 
     from adaptkit.evaluation.evaluate import evaluate
     from adaptkit.evaluation.report import report_run
     from adaptkit.evaluation.summary import data_card, summary_lines
+    from adaptkit.explanation.finished import report_figures
     from adaptkit.heads.heads import build_model
     from adaptkit.models.backbones import DEFAULTS
 
@@ -71,7 +72,8 @@ def adapt(data: str, text: str | None, label: str | None, backbone: str | None, 
     model = build_model(backbone or DEFAULTS[loaded.kind], loaded, seed=seed)
     run = adapted(model, loaded, seed=seed, **how)
     result = evaluate(run.model, loaded, start=model)
-    report = report_run(run, loaded, result)
+    looks = report_figures(run.model, loaded, result.predictions)
+    report = report_run(run, loaded, result, figures=looks)
     for line in summary_lines(run.record, run.history, result, card=data_card(loaded)):
         print(line)
     print(f"report    {report}\nmodel     {run.folder / 'model.safetensors'}")

@@ -64,6 +64,9 @@ class Attribution:
         "Images beside their maps, with class, probability and warnings."
         return draw_attribution(self, most=most)
 
+    def _repr_png_(self) -> bytes:
+        return self.show()._repr_png_()
+
     def __repr__(self) -> str:
         said = ", ".join(f"{n} {p:.0%}" for n, p in zip(self.names[:3], self.probability.tolist(), strict=False))
         more = ", ..." if len(self.names) > 3 else ""
