@@ -1,10 +1,16 @@
+<<<<<<< HEAD
 """How fast are Grad-CAM, integrated gradients, and a click in the lab, beside captum?
 
 EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does. A click chooses an image that the lab hasn't
 seen: map, four pictures, facts, and a PNG for the browser; beside it stands captum's map of one image as captum draws it, a PNG, too. Processor seconds, so that it doesn't matter what else runs. Run it with
+=======
+"""How fast are Grad-CAM, integrated gradients and occlusion, beside captum?
+
+EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does (except for occlusion: there ours passes what fits a processor's cache, captum all images with one window, its default); processor seconds, so that it doesn't matter what else runs. Run it with
+>>>>>>> occlusion
 the Python of an environment that has both; without one it is made, as tests/oracles.py makes them.
 
-    python benchmarks/explanations.py [--images 16] [--steps 50] [--pairs 3]
+    python benchmarks/explanations.py [--images 16] [--steps 50] [--pairs 3] [--only occlusion]
 """
 
 from __future__ import annotations
@@ -39,14 +45,16 @@ def paired(ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int) -> di
     return {"ours": float(mine), "captum": float(other), "faster": float(np.median(ratio)), "least": float(ratio.min()), "most": float(ratio.max())}
 
 
-def measure(n: int, steps: int, pairs: int) -> dict[str, Any]:
-    "By method."
+def measure(n: int, steps: int, pairs: int, only: str) -> dict[str, Any]:
+    "By method; occlusion with windows of 32 pixels, 16 apart."
     import torch
     from captum.attr import IntegratedGradients as Theirs
     from captum.attr import LayerGradCam
+    from captum.attr import Occlusion as TheirOcclusion
 
     from adaptkit.explanation.explain import explain
     from adaptkit.explanation.gradients import IntegratedGradients
+    from adaptkit.explanation.occlusion import Occlusion
     from adaptkit.heads.heads import Named, build_model
     from adaptkit.models.backbones import load_backbone
 
@@ -62,8 +70,14 @@ def measure(n: int, steps: int, pairs: int) -> dict[str, Any]:
             lambda: Theirs(model).attribute(x, target=target, n_steps=steps, internal_batch_size=n),
             pairs,
         ),
+        "occlusion": (
+            lambda: explain(model, x, target, method=Occlusion(32, 16, baseline=0.5, batch=n)),
+            lambda: TheirOcclusion(model).attribute(x, sliding_window_shapes=(3, 32, 32), strides=(3, 16, 16), baselines=0.5, target=target),
+            pairs,
+        ),
     }
     runs["gradcam"][0](), runs["gradcam"][1]()  # a warm-up
+    runs = {name: run for name, run in runs.items() if only in ("", name)}
     found = {name: paired(ours, theirs, k) for name, (ours, theirs, k) in runs.items()}
     for name, row in found.items():
         print(name, {k: round(v, 2) for k, v in row.items()}, flush=True)
@@ -109,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("images", 16), ("steps", 50), ("pairs", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", default="", help="one method; the results of the others stay")
     parser.add_argument("--here", action="store_true", help="measure in this environment")
     asked = parser.parse_args()
     if not asked.here:
@@ -116,13 +131,21 @@ def main() -> None:
         from compare_explanations import PINS
         from oracles import interpreter
 
-        told = [str(interpreter(PINS)), __file__, "--here", *(f"--{k}={getattr(asked, k)}" for k in ("images", "steps", "pairs"))]
+        told = [str(interpreter(PINS)), __file__, "--here", *(f"--{k}={getattr(asked, k)}" for k in ("images", "steps", "pairs", "only"))]
         roots = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
         subprocess.run(told, check=True, env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"})
         return
+<<<<<<< HEAD
     found = measure(asked.images, asked.steps, asked.pairs)
     found["click"] = click(8)
     result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread; of a click, for one", "methods": found}
+=======
+    found = measure(asked.images, asked.steps, asked.pairs, asked.only)
+    stands = json.loads(RESULTS.read_text())["methods"] if asked.only and RESULTS.exists() else {}
+    settings = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs}
+    found = {**stands, **{name: {**row, **settings} for name, row in found.items()}}
+    result = {"pixels": 224, "unit": "processor seconds for all images, one thread", "methods": found}
+>>>>>>> occlusion
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ from adaptkit.core.registry import AdaptkitError
 from adaptkit.explanation.counterfactual_texts import TextCounterfactual, counterfactual_text, left_out, what_stays
 from adaptkit.explanation.counterfactuals import counterfactual, pruned, smallest_change
 from adaptkit.explanation.explain import check_explainer, explain, subject
-from adaptkit.explanation.occlusion import Occlusion, blurred, emptied, grid_regions, numbered, strips
+from adaptkit.explanation.occlusion import CACHED, Occlusion, at_once, blurred, emptied, grid_regions, numbered, strips
 from adaptkit.explanation.shapley import Shapley, by_orders, exact_values, paired_orders, shapley_values
 from adaptkit.heads.heads import Model, Named, build_model
 from adaptkit.robustness.measuring import traces
@@ -142,6 +142,13 @@ def test_a_batch_size_bounds_what_passes_and_changes_nothing(make) -> None:
     small = explain(model, x, TARGET, method=make(3)).map
     hook.remove()
     assert max(sizes) == 3 and torch.allclose(small, explain(model, x, TARGET, method=make(64)).map, atol=1e-5)
+
+
+def test_large_images_pass_a_few_at_a_time() -> None:
+    threads = torch.get_num_threads()
+    assert at_once(torch.zeros(1, 3, 22, 18), 32) == 32 and at_once(torch.zeros(1, 1, 4000, 3000), 32) <= threads
+    assert at_once(torch.zeros(1, 3, 224, 224), 10**6) == CACHED * threads // 224**2 and at_once(torch.zeros(1, 3, 224, 224, device="meta"), 64) == 64
+    assert at_once(torch.zeros(1, 1, 9000, 9000), 8) >= 1
 
 
 class Box(nn.Module):
