@@ -1,13 +1,7 @@
-<<<<<<< HEAD
-"""How fast are Grad-CAM, integrated gradients, and a click in the lab, beside captum?
+"""How fast are Grad-CAM, integrated gradients, occlusion, and a click in the lab, beside captum?
 
-EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does. A click chooses an image that the lab hasn't
-seen: map, four pictures, facts, and a PNG for the browser; beside it stands captum's map of one image as captum draws it, a PNG, too. Processor seconds, so that it doesn't matter what else runs. Run it with
-=======
-"""How fast are Grad-CAM, integrated gradients and occlusion, beside captum?
-
-EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does (except for occlusion: there ours passes what fits a processor's cache, captum all images with one window, its default); processor seconds, so that it doesn't matter what else runs. Run it with
->>>>>>> occlusion
+EfficientNet-Lite0 at 224 pixels, the same images, classes and numbers of steps, one thread, one process, and pairs: first one, then the other, again and again. captum passes as many images at once as ours does (except for occlusion: there ours passes what fits a processor's cache, captum all images with one window, its default). A click chooses an
+image that the lab hasn't seen: map, four pictures, facts, and a PNG for the browser; beside it stands captum's map of one image as captum draws it, a PNG, too. Processor seconds, so that it doesn't matter what else runs. Run it with
 the Python of an environment that has both; without one it is made, as tests/oracles.py makes them.
 
     python benchmarks/explanations.py [--images 16] [--steps 50] [--pairs 3] [--only occlusion]
@@ -135,17 +129,12 @@ def main() -> None:
         roots = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
         subprocess.run(told, check=True, env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"})
         return
-<<<<<<< HEAD
-    found = measure(asked.images, asked.steps, asked.pairs)
-    found["click"] = click(8)
-    result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread; of a click, for one", "methods": found}
-=======
-    found = measure(asked.images, asked.steps, asked.pairs, asked.only)
+    found = {} if asked.only == "click" else measure(asked.images, asked.steps, asked.pairs, asked.only)
+    found |= {"click": click(asked.pairs + 5)} if asked.only in ("", "click") else {}
     stands = json.loads(RESULTS.read_text())["methods"] if asked.only and RESULTS.exists() else {}
     settings = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs}
     found = {**stands, **{name: {**row, **settings} for name, row in found.items()}}
-    result = {"pixels": 224, "unit": "processor seconds for all images, one thread", "methods": found}
->>>>>>> occlusion
+    result = {"pixels": 224, "unit": "processor seconds for all images, one thread; of a click, for one", "methods": found}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
