@@ -99,8 +99,9 @@ def click(n: int) -> dict[str, float]:
 
     with patch("comm.create_comm", comm.DummyComm):
         lab = ExplanationLab(model, x)
-        lab.panel.sync()
-        found = paired(lambda: lab.set(image=next(first)), theirs, n - 1)
+        assert lab.panel.box is not None  # what is shown in a browser
+        lab.set(image=next(first)), theirs()  # a warm-up
+        found = paired(lambda: lab.set(image=next(first)), theirs, n - 2)
     print("click", {k: round(v, 2) for k, v in found.items()}, flush=True)
     return found
 
@@ -121,7 +122,7 @@ def main() -> None:
         subprocess.run(told, check=True, env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"})
         return
     found = measure(asked.images, asked.steps, asked.pairs)
-    found["click"] = click(8)
+    found["click"] = click(10)
     result = {"images": asked.images, "steps": asked.steps, "pairs": asked.pairs, "pixels": 224, "unit": "processor seconds for all images, one thread; of a click, for one", "methods": found}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
