@@ -457,3 +457,11 @@ def test_results_can_be_read_by_a_program(minilm: Model) -> None:
     assert isinstance(found, TextAttribution) and found.method == "gradient"
     assert [TEXTS[0][a:b] for a, b in found.spans[0]] == list(found.words[0]) and len(found.values[0]) == len(found.words[0])
     assert repr(found) == repr(explain_text(minilm, TEXTS[0], method="gradient"))
+
+
+@pytest.mark.parametrize("name", ["occlusion", "shapley"])
+def test_hiding_words_is_exact_in_a_bag_of_words(name: str, bag: Model) -> None:
+    found = explain_text(bag, "one two three two", 1, method=name).values[0]
+    way = explain_text(bag, "one two three two", 1, method="integratedgradients").values[0]
+    assert len(found) == 4 and torch.allclose(found, way, atol=1e-4)  # linear in its words
+    assert float((found[1] - found[3]).abs()) < 1e-5 < float((found[0] - found[1]).abs())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.registry import AdaptkitError, check, unknown
 from ..explanation.contract import EXPLAINERS, check_pictures, suited_to
+from ..explanation.curves import deletion_frames, insertion_frames
 from ..explanation.explain import explain
 from ..explanation.gallery import stages_of
 from ..models.stages import Backbone
@@ -52,11 +53,8 @@ def _frames(
     insert: bool,  # whether pixels come, and don't go
 ) -> Tensor:  # [steps + 1, C, H, W]
     "An image while its pixels go or come, the highest of a map first."
-    order = values.flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    counts = torch.linspace(0, len(order), steps + 1, device=order.device).round()
-    moved = (rank < counts[:, None]).view(steps + 1, 1, *values.shape)
-    return torch.where(moved != insert, image.mean((1, 2), keepdim=True), image)
+    film = insertion_frames if insert else deletion_frames
+    return film(image, values, steps + 1, ground=image.mean((1, 2), keepdim=True).expand_as(image))
 
 # %% ../../nbs/9_widgets/26_maps.ipynb #ffa1ef53
 class Maps:
