@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -71,14 +72,17 @@ def test_a_file_is_answered_as_the_model_answers_it_in_its_data(run: Run, images
     assert "Neither calibrated" in found.remarks[0] and "--data" in found.remarks[0] and "softmax" in found.lines()[0]
 
 
-def test_with_its_data_probabilities_are_calibrated(run: Run, images: Path) -> None:
+def test_with_its_data_probabilities_are_calibrated_and_few_are_told(run: Run, images: Path) -> None:
     data = load_data(str(images), split=run.folder / "split.json")
+    spoilt = data.valid.labels.copy()
     said = predict(run.model, data.valid)
-    temperature, remark = temperature_of(run.model, data)
-    if 0 < (said.predicted != said.labels).sum() < len(said):
-        assert temperature == pytest.approx(fit_temperature(said)) and not remark
-    else:
-        assert temperature is None and "are wrong" in remark
+    spoilt[:] = said.predicted
+    spoilt[:2] = 1 - spoilt[:2]  # two answers are wrong
+    some = dataclasses.replace(data, valid=dataclasses.replace(data.valid, labels=spoilt))
+    temperature, remark = temperature_of(run.model, some)
+    assert temperature == pytest.approx(fit_temperature(Predictions(said.logits, spoilt, said.classes))) and "2 are wrong: that wavers" in remark
+    spoilt[:2] = said.predicted[:2]
+    assert temperature_of(run.model, some)[0] is None and "0 are wrong" in temperature_of(run.model, some)[1]
 
 
 def test_at_the_prompt(run: Run, images: Path, tmp_path: Path) -> None:
@@ -103,6 +107,8 @@ def test_texts_are_inputs_of_a_model_that_reads(reader: Run, tmp_path: Path) -> 
     assert found.names[0] == "What is a <i>robot</i>?" and len(found.names[1]) <= 60
     page = write_explained(found, tmp_path).read_text()
     assert "<i>robot" not in page and "calibrated" in page
+    with pytest.raises(AdaptkitError, match="not a file that holds it"):
+        explain_run(reader.folder, [__file__])
     with pytest.raises(AdaptkitError, match="one text or more"):
         explain_run(reader.folder, [])
 
@@ -120,7 +126,7 @@ def test_figures_for_a_report(run: Run, reader: Run, images: Path) -> None:
     data, topics = load_data(str(images), split=run.folder / "split.json"), load_data("support_topics", split=reader.folder / "split.json")
     said = predict(run.model, data.test)
     ((caption, figure),) = report_figures(run.model, data, said, most=2).items()
-    assert "test images of each class" in caption and figure._repr_png_()[:4] == b"\x89PNG"
+    assert "test images taken for each class" in caption and figure._repr_png_()[:4] == b"\x89PNG"
     never = Predictions(np.tile([1.0, 0.0], (len(said), 1)), said.labels, said.classes)
     assert report_figures(run.model, data, never, of=1) == {}
     few = topics.test.take(range(20))
@@ -154,3 +160,12 @@ def test_a_method_is_tried_on_validation_images_before_it_is_believed(run: Run, 
     data = load_data(str(images), split=run.folder / "split.json")
     with pytest.raises(AdaptkitError, match="give at least 7"):
         verdict_on(run.model, data, n=3)
+
+
+def test_a_report_is_written_without_a_map_if_there_can_be_none(run: Run, images: Path) -> None:
+    data = load_data(str(images), split=run.folder / "split.json")
+    said = predict(run.model, data.test)
+    with pytest.warns(UserWarning, match="no map: This model has no attention"):
+        assert report_figures(run.model, data, said, method="attentionrollout", most=2) == {}
+    with pytest.raises(AdaptkitError, match="test"):
+        report_figures(run.model, data, said, split="tset")

@@ -377,3 +377,17 @@ def test_a_quiet_model_is_what_is_explained() -> None:
     with quiet_model(model):
         assert torch.equal(loud.map, explain(model, x, TARGET).map)
     assert model.training
+
+
+def test_labels_as_data_have_them_are_targets_and_a_class_is_made_one_of() -> None:
+    model, x = asked()
+    found = explain(model, x, TARGET.numpy(), method=SmoothGrad)
+    assert torch.equal(found.target, TARGET) and torch.equal(explain(model, x, np.int64(2), method="gradient").target, torch.tensor([2] * 4))
+    with pytest.raises(AdaptkitError, match="number or the name"):
+        explain(model, x, [0.5] * 4, method="gradient")
+
+
+def test_class_names_are_no_formulas() -> None:
+    model, x = asked()
+    model.classes = ("$0-$50", "US$ 5_{ to $10", "$^$")
+    assert explain(model, x, method="gradient").show()._repr_png_()[:4] == b"\x89PNG"

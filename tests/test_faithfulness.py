@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binom, binomtest, spearmanr
 from torch import Tensor, nn
 
 from adaptkit.core.registry import AdaptkitError
@@ -53,7 +53,7 @@ from adaptkit.explanation.stability import (
     steadiness,
     weighted_layers,
 )
-from adaptkit.heads.heads import Model
+from adaptkit.heads.heads import Model, Named, build_model
 from adaptkit.robustness.measuring import traces
 
 TARGET = torch.tensor([2, 0, 1, 1])
@@ -364,3 +364,17 @@ def test_curves_are_drawn_and_say_little() -> None:
     found = deletion(model, x, maps, TARGET, steps=4)
     assert draw_curves({"a": found, "b": found})._repr_png_()[:4] == b"\x89PNG"
     assert repr(Curves("road", torch.tensor([0.0, 1.0]), torch.ones(2, 2))) == "Curves(road: 2 images, area 1.000)"
+
+
+def test_many_images_are_counted_exactly() -> None:
+    assert tail(600, 1024) == pytest.approx(float(binom.sf(599, 1024, 0.5)), rel=1e-9)
+    for n in (7, 20, 1000):
+        assert wins_needed(n, 0.01) == int(binom.isf(0.01, n, 0.5)) + 1
+
+
+def test_images_of_a_size_that_cannot_be_read_are_told() -> None:
+    model = build_model("small_cnn", Named(("a", "b")), size=18)
+    with pytest.raises(AdaptkitError, match="can't read images"):
+        deletion(model, torch.rand(2, 3, 6, 6), torch.rand(2, 6, 6))
+    with pytest.raises(AdaptkitError, match="can't read images"):
+        check_explanation(model, torch.rand(8, 3, 6, 6))

@@ -28,6 +28,7 @@ from adaptkit.explanation.contract import ALIKE, EXPLAINERS, Found
 from adaptkit.explanation.explain import check_explainer, explain
 from adaptkit.explanation.fading import faded, hidden_word, token_table
 from adaptkit.explanation.gradients import Gradient, IntegratedGradients, SmoothGrad
+from adaptkit.explanation.occlusion import Occlusion
 from adaptkit.explanation.pieces import joined, read_text, spans_of, windows_of, words_of
 from adaptkit.explanation.texts import TextAttribution, explain_text
 from adaptkit.heads.heads import Model, Named, build_model
@@ -201,7 +202,7 @@ def test_ten_thousand_words_are_read_as_far_as_the_model_does(bag: Model) -> Non
     short = explain_text(bag, text, method=IntegratedGradients(2))
     assert short.words[0] == tuple(f"word{i}" for i in range(8)) and "reads the first 8 words and not the other 9992" in short.warnings[0]
     parts = explain_text(bag, ["before", text], windows=True, method="inputxgradient")
-    assert len(parts.texts) == 1 + 1250 and "1250 windows" in parts.warnings[0] and "only the first" in parts.warnings[0]
+    assert len(parts.texts) == 1 + 1250 and "1250 windows" in parts.warnings[0] and "a probability of its own" in parts.warnings[0]
     assert [w for row in parts.words[1:] for w in row] == text.split() and set(parts.target[1:].tolist()) == {int(short.target[0])}
     assert torch.allclose(parts.probability[1], short.probability[0])
     assert len(short._repr_html_()) < 4000 and short.show()._repr_png_()[:4] == b"\x89PNG"
@@ -465,3 +466,17 @@ def test_hiding_words_is_exact_in_a_bag_of_words(name: str, bag: Model) -> None:
     way = explain_text(bag, "one two three two", 1, method="integratedgradients").values[0]
     assert len(found) == 4 and torch.allclose(found, way, atol=1e-4)  # linear in its words
     assert float((found[1] - found[3]).abs()) < 1e-5 < float((found[0] - found[1]).abs())
+
+
+def test_channels_that_attend_are_no_pieces_and_positions_no_attention() -> None:
+    xcit = timm.models.xcit.Xcit(img_size=64, patch_size=16, embed_dim=128, depth=2, num_heads=2, num_classes=3)
+    with pytest.raises(AdaptkitError, match="can't be put together|attends"):
+        attentions(xcit, torch.rand(2, 3, 64, 64))
+    pvt = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1), num_classes=3)
+    with pytest.raises(AdaptkitError, match="can't be put together"):
+        attentions(pvt, torch.rand(2, 3, 64, 64))
+
+
+def test_a_window_of_ones_own_hides_words_with_the_hidden_word(bag: Model) -> None:
+    whole = explain_text(bag, "one two three two", 1, method="occlusion").values[0]
+    assert torch.allclose(explain_text(bag, "one two three two", 1, method=Occlusion(1, 1)).values[0], whole, atol=1e-5)

@@ -151,7 +151,11 @@ def remembered(
 ) -> tuple[list[str], tuple[str, ...]]:  # lines that exist; remarks on the others
     "Which lines can be reported, and why the others can't."
     empty = [name for name, m in found.items() if not m.below.any()]
-    told = ["The teacher is wrong nowhere: whether a student shares its errors can't be said."] if empty else []
+    why_not = {
+        "agrees where the teacher is wrong": "The teacher is wrong nowhere: whether a student shares its errors can't be said.",
+        "looks where the teacher looks": "The teacher's maps are flat: where the models look isn't compared.",
+    }
+    told = [why_not[name] for name in empty if name in why_not]
     told += ["Texts: neither corrupted nor attacked."] if kind == "text" else []
     told += [why] if why else []
     return [name for name in LINES if name in found and name not in empty], tuple(told)

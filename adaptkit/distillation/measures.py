@@ -166,13 +166,13 @@ def looks_of(
     "Where the teacher looks."
     if not trial.maps or samples.kind != "image":
         return None, "" if samples.kind == "image" else "Texts: where the models look isn't compared."
-    try:
-        for model in models:
-            sharp_place(model)
-    except AdaptkitError as e:
-        return None, f"Where the models look isn't compared: {e}"
     rows = chosen(len(samples), trial.n, seed=trial.seed)
     target = torch.from_numpy(np.asarray(heard.predicted, np.int64)[rows])
+    try:
+        for model in models:  # one image tells whether there will be maps
+            maps_of(model, samples, rows[:1], target[:1])
+    except AdaptkitError as e:
+        return None, f"Where the models look isn't compared: {e}"
     return Looks(rows, target, maps_of(models[0], samples, rows, target)), ""
 
 

@@ -62,7 +62,7 @@ def draw_reliability(
         ax.plot(sure, right, color="#0072B2", lw=1)
         ax.scatter(sure, right, s=15 + 300 * share, color="#0072B2")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="sure", ylabel="right")
-        ax.set_title(f"{name}: error {calibration_error(p):.1%}", fontsize=10)
+        ax.set_title(f"{name}: error {calibration_error(p, bins=bins):.1%}", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 

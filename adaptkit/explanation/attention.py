@@ -57,9 +57,9 @@ def attending(
     assert network is not None
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
-        weights = out[1] if isinstance(out, tuple) and len(out) > 1 else out
-        square = isinstance(weights, Tensor) and weights.ndim == 4 and weights.shape[2] == weights.shape[3]
-        if square and not any(weights is known for known in seen):
+        weights = out[-1] if isinstance(out, tuple) and len(out) > 1 else out  # behind whatever else a layer returns
+        four = isinstance(weights, Tensor) and weights.ndim == 4
+        if four and not any(weights is known for known in seen):
             seen.append(weights)
 
     listening: list[nn.Module] = [
@@ -84,8 +84,8 @@ def check_attention(
         bool(seen),
         "This model has no attention that could be read: that of transformers and timm is, torch's own layers hide theirs, and a convolutional network has none: take gradcam.",
     )
-    shapes = {(len(m), m.shape[2]) for m in seen}
-    whole = len(shapes) == 1 and next(iter(shapes))[0] == n
+    shapes = {(len(m), *m.shape[2:]) for m in seen}
+    whole = shapes == {(n, seen[0].shape[2], seen[0].shape[2])}
     check(
         whole,
         "This model attends within windows or to fewer pieces in each stage (Swin, for example), so its layers can't be put together: take gradcam or layercam.",
@@ -103,7 +103,8 @@ def attentions(
         x = cast(Tensor, cast(Any, network).reader.load([x] if isinstance(x, str) else list(x)))
     weight = next(iter(network.parameters()), None) if network is not None else None
     with quiet_model(model), attending(model) as seen, torch.no_grad():
-        model(x if weight is None else x.to(weight.device))
+        dtype = x.dtype if weight is None or not x.is_floating_point() else weight.dtype
+        model(x if weight is None else x.to(weight.device, dtype))
     check_attention(seen, len(x))
     return list(seen)
 

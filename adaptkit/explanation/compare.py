@@ -48,7 +48,8 @@ def by_chance(
     most: int = 8,  # how many others each is compared with, >= 1
 ) -> Tensor:  # -1 to 1, [B]
     "How alike a map is to those of other images, on average."
-    others = range(1, min(len(one), most + 1))
+    n = len(one)
+    others = sorted({round(k * n / (min(n - 1, most) + 1)) for k in range(1, min(n - 1, most) + 1)})  # far and near
     return torch.stack([coarse_likeness(one, two.roll(k, 0)) for k in others]).mean(0)
 
 # %% ../../nbs/6b_explanation/50_compare.ipynb #c1e10a30
@@ -59,6 +60,7 @@ def pixels_of(
     "Images as a model reads them."
     if isinstance(x, Tensor):
         return x
+    check(isinstance(x, Samples), f"Give images as a tensor, or a split such as data.test; found {type(x).__name__}.")
     check(x.kind == "image", "Maps are compared on images; these are texts.")
     reader = getattr(network_of(model), "reader", None)
     check(reader is not None, "This model has no reader that could shape the images of a split: give pixels instead.")
@@ -146,14 +148,14 @@ def draw_comparison(
         ax.imshow(found.pictures[i].float().cpu().permute(1, 2, 0).numpy().clip(0, 1), cmap="gray")
     for row, (name, a) in zip(grid[1:], found.maps.items(), strict=True):
         alike = f"\nalike: {found.likeness[name].mean():+.2f}" if name in found.likeness else ""
-        row[0].set_ylabel(f"{name}{alike}", fontsize=9)
+        row[0].set_ylabel(f"{name}{alike}", fontsize=9, parse_math=False)
         for i, ax in enumerate(row):
             one, extent = a.map[i].cpu().numpy(), (-0.5, shadows.shape[2] - 0.5, shadows.shape[1] - 0.5, -0.5)
             top, signed = float(np.quantile(abs(one), 0.995)) or 1.0, bool(one.min() < 0)
             ax.imshow(shadows[i], cmap="gray", vmin=0, vmax=1)
             colours = {"cmap": "PuOr_r" if signed else "inferno", "vmin": -top if signed else 0, "vmax": top}
             ax.imshow(one, alpha=0.75, extent=extent, **colours)
-            ax.set_title(f"{a.names[i]} {a.probability[i]:.0%}", fontsize=8)
+            ax.set_title(f"{a.names[i]} {a.probability[i]:.0%}", fontsize=8, parse_math=False)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
     return figure

@@ -65,6 +65,7 @@ def class_number(
     classes: Sequence[str],  # names in the order of the logits; may be empty
 ) -> int:
     "The number of a class."
+    wanted = wanted.item() if hasattr(wanted, "item") else wanted  # NumPy's numbers are welcome
     if isinstance(wanted, str):
         check(bool(classes), f"This model doesn't name its classes: give the number of {wanted!r} instead.")
         if wanted not in classes:
@@ -85,8 +86,8 @@ def class_numbers(
     "The classes that are asked for, as numbers; whether the model has them is checked when it has answered."
     if target is None:
         return None
-    listed = target.tolist() if isinstance(target, Tensor) else target
-    each = [listed] * n if isinstance(listed, int | str) else list(listed)
+    listed: Any = target.tolist() if hasattr(target, "tolist") else target
+    each = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed] * n
     check(len(each) == n, f"{n} {what} need one target, or {n}; found {len(each)}.")
     return torch.tensor([class_number(one, classes) for one in each], dtype=torch.int64)
 

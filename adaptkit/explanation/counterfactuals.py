@@ -142,14 +142,13 @@ def draw_counterfactual(
         for i, ax in enumerate(row):
             picture = images[i].float().cpu().permute(1, 2, 0).numpy()
             ax.imshow(picture if picture.shape[2] == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(f"{names[i]}\n{sure[i]:.0%} (softmax)", fontsize=8)
+            ax.set_title(f"{names[i]}\n{sure[i]:.0%} (softmax)", fontsize=8, parse_math=False)
             ax.set_axis_off()
     for i, ax in enumerate(grid[1]):
         if result.found[i] and result.mask[i].any():
             ax.contour(result.mask[i].cpu().numpy(), levels=[0.5], colors="#D55E00", linewidths=1.5)
-            ax.set_title(
-                f"{result.after[i]}\n{result.probability_after[i]:.0%}, {result.share[i]:.0%} changed", fontsize=8
-            )
+            changed = f"{result.probability_after[i]:.0%}, {result.share[i]:.0%} changed"
+            ax.set_title(f"{result.after[i]}\n{changed}", fontsize=8, parse_math=False)
         elif not result.found[i]:
             ax.set_title("not found", fontsize=8)
     return figure

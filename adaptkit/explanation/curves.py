@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.registry import check
-from .contract import Target, aim, check_pictures, class_numbers, suited_to
+from .contract import Target, aim, check_pictures, class_numbers, size_refused, suited_to
 from .gradients import answers, check_counts
 from .grounds import blurred, grey_ground, imputed
 from ..robustness.contract import Logits, network_of, quiet_model
@@ -106,6 +106,8 @@ def checked_maps(
     check(list(maps.shape) == shape, f"Images {list(x.shape)} need maps {shape}; found {list(maps.shape)}.")
     check(bool(maps.isfinite().all()), "The maps have values that are no numbers.")
     x = suited_to(network_of(model), x)
+    refused = size_refused(model, x)
+    check(not refused, refused)
     wanted = class_numbers(target, classes=tuple(getattr(network_of(model), "classes", ())), n=len(x))
     return x, maps.to(x.device), aim(answers(model, x, batch=64), wanted)
 
@@ -208,7 +210,7 @@ def deletion_frames(
     "What a deletion shows the model, as a film."
     check_pictures(x[None])
     ground = grounded(x[None], grey_ground(x[None]) if ground is None else ground[None])
-    frames, _ = between(x[None], ground, map[None], steps)
+    frames, _ = between(x[None], ground, map[None].to(x.device), steps)
     return frames(torch.zeros(steps, dtype=torch.int64), torch.arange(steps))
 
 
@@ -222,7 +224,7 @@ def insertion_frames(
     "What an insertion shows the model, as a film."
     check_pictures(x[None])
     ground = grounded(x[None], blurred(x[None]) if ground is None else ground[None])
-    frames, _ = between(ground, x[None], map[None], steps)
+    frames, _ = between(ground, x[None], map[None].to(x.device), steps)
     return frames(torch.zeros(steps, dtype=torch.int64), torch.arange(steps))
 
 # %% ../../nbs/6b_explanation/38_curves.ipynb #9cee0f53

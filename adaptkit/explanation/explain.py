@@ -89,13 +89,13 @@ def draw_attribution(
         picture, one = found.images[i].float().cpu().permute(1, 2, 0).numpy(), found.map[i].cpu().numpy()
         top, signed = float(np.quantile(abs(one), 0.995)) or 1.0, bool(one.min() < 0)
         upper.imshow(picture if picture.shape[2] == 3 else picture.mean(2), cmap="gray", vmin=0, vmax=1)
-        upper.set_title(f"{found.names[i]}\n{found.probability[i]:.0%} ({kind})", fontsize=8)
+        upper.set_title(f"{found.names[i]}\n{found.probability[i]:.0%} ({kind})", fontsize=8, parse_math=False)
         lower.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=1)
         lower.imshow(one, cmap="PuOr_r" if signed else "inferno", vmin=-top if signed else 0, vmax=top, alpha=0.75)
     for ax in grid.flat:
         ax.set_axis_off()
     figure.suptitle(found.method, fontsize=10)
-    figure.supxlabel("\n".join(textwrap.fill(w, 26 * n + 10) for w in found.warnings), fontsize=7)
+    figure.supxlabel("\n".join(textwrap.fill(w, 26 * n + 10) for w in found.warnings), fontsize=7, parse_math=False)
     return figure
 
 # %% ../../nbs/6b_explanation/06_explain.ipynb #0f589e17
@@ -171,7 +171,7 @@ def explain(
     seed: int = 0,  # of methods that draw at random
 ) -> Attribution:
     "What in each image speaks for a class."
-    explainer = EXPLAINERS[method]() if isinstance(method, str) else method
+    explainer = EXPLAINERS[method]() if isinstance(method, str) else method() if isinstance(method, type) else method
     check_pictures(x)
     check(temperature is None or temperature > 0, f"temperature = {temperature}: it must be above 0, or None.")
     plain = getattr(model, "_orig_mod", model)

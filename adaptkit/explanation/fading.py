@@ -114,10 +114,10 @@ def suited(
     known: tuple[Any, ...] = fields(explainer) if is_dataclass(explainer) else ()
     free = {f.name for f in known if getattr(explainer, f.name) is None}
     chosen: dict[str, Any] = {}
-    if "regions" in free and getattr(explainer, "window", None) is None:
-        chosen |= {"regions": places[:, None]} | (
-            {"baseline": 0.0} if "baseline" in free else {}
-        )  # [T, 1]; a hidden word
+    if "baseline" in free:
+        chosen["baseline"] = 0.0  # a hidden word
+    if "regions" in free and getattr(explainer, "window", None) is None and getattr(explainer, "stride", None) is None:
+        chosen["regions"] = places[:, None]  # [T, 1]
     if "references" in free:
         check(
             bool(references),

@@ -63,7 +63,7 @@ def tail(
     n: int,  # images
 ) -> float:  # 0 to 1
     "How likely a fair coin wins so often."
-    return sum(math.comb(n, k) for k in range(wins, n + 1)) / float(2**n)
+    return float(sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n)
 
 
 def wins_needed(
@@ -74,7 +74,11 @@ def wins_needed(
     check(0 < level < 1, f"level = {level}: it must be between 0 and 1.")
     fewest = math.ceil(math.log2(1 / level))
     check(n >= fewest, f"{n} images can't show anything at a level of {level:g}: give at least {fewest}.")
-    return next(k for k in range(n + 1) if tail(k, n) <= level)
+    above, k = 0, n + 1
+    while k > 0 and (above + math.comb(n, k - 1)) / 2**n <= level:
+        k -= 1
+        above += math.comb(n, k)
+    return k
 
 # %% ../../nbs/6b_explanation/40_faithfulness.ipynb #0c2de9dd
 @dataclass(frozen=True)

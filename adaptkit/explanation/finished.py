@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import replacing
-from ..core.registry import check
+from ..core.registry import AdaptkitError, check, unknown
 from ..data.datasets import Data, Rows, Samples, batches
 from ..data.sources import DATASETS
 from ..evaluation.calibration import fit_temperature, why_not
@@ -25,7 +26,7 @@ from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
 from ..evaluation.metrics import Predictions
 from .contract import EXPLAINERS, Explainer
 from .explain import Attribution, explain
-from .faithfulness import Gate, Verdict, check_explanation
+from .faithfulness import Gate, Verdict, check_explanation, wins_needed
 from .places import sharp_place
 from .texts import TextAttribution, explain_text
 from ..heads.heads import Model
@@ -48,7 +49,12 @@ def stored_data(
     name = run.record["data"]["name"]
     if not data and name not in DATASETS:
         return None, f"Neither calibrated nor checked: say with data (--data) where {name!r} is."
-    return data_of(run, data), ""
+    if data:
+        return data_of(run, data), ""
+    try:
+        return data_of(run), ""
+    except AdaptkitError as e:  # they aren't needed for an explanation
+        return None, f"Neither calibrated nor checked: {e}"
 
 
 def temperature_of(
@@ -58,7 +64,13 @@ def temperature_of(
     "The temperature that calibrates a model on validation samples."
     said = predict(model, data.valid)
     told = why_not(said)
-    return (None, f"Not calibrated. {told}.") if told else (fit_temperature(said), "")
+    if told:
+        return None, f"Not calibrated. {told}."
+    wrong = int((said.predicted != said.labels).sum())
+    few = min(wrong, len(said) - wrong) < 5
+    return fit_temperature(
+        said
+    ), f"Calibrated by {len(said)} answers of which {wrong} are wrong: that wavers." if few else ""
 
 
 def pixels(
@@ -109,6 +121,7 @@ def verdict_on(
     "Whether a method's maps can be believed on this model."
     some = np.arange(len(data.valid)) if of is None else np.flatnonzero(predict(model, data.valid).predicted == of)
     rows = np.sort(np.random.default_rng(seed).permutation(some)[:n])
+    wins_needed(len(rows), gate.level)  # raises if these are too few
     return check_explanation(
         model, pixels(model, data.valid.take(rows)), method=method or usual(model), gate=gate, seed=seed
     )
@@ -154,9 +167,12 @@ def explain_run(
     check(len(inputs) > 0, f"There is nothing to explain: give one {kind} or more.")
     stored, missing = stored_data(run, data)
     how["temperature"], remark = temperature_of(run.model, stored) if stored else (None, missing)
-    remarks = (remark,) if remark else ()
+    remarks: tuple[str, ...] = (remark,) if remark else ()
     if kind == "text":
         texts = [str(t) for t in inputs]
+        file = next((t for t in texts if len(t) < 256 and Path(t).is_file()), "")
+        check(not file, f"The model of this run reads texts: give the text itself, not a file that holds it ({file}).")
+        remarks += ("Values of words aren't tried on validation texts.",) if check_method else ()
         short = tuple(textwrap.shorten(t, 60) for t in texts)
         return Explained(short, why(run.model, texts, **how), remarks)
     files = [Path(f) for f in inputs]
@@ -170,10 +186,11 @@ PAGE = (
     OPENING
     + """<header><h1>{{ title }}</h1></header>
 <section>{% if words %}{{ words }}{% else %}<figure class="paper"><img alt="{{ alt }}" src="{{ picture }}"></figure>
-{% for r in remarks %}<p class="note">{{ r }}</p>{% endfor %}{% endif %}</section>
-<section><h2>What the model says</h2><div class="scroll"><table><thead><tr><th>input</th><th>class</th><th>probability</th></tr></thead><tbody>
+{% endif %}
+{% for r in remarks %}<p class="note">{{ r }}</p>{% endfor %}</section>
+<section><h2>How sure the model is</h2><div class="scroll"><table><thead><tr><th>input</th><th>class that was asked about</th><th>its probability</th></tr></thead><tbody>
 {% for row in rows %}<tr><td class="long">{{ row.input }}</td><td>{{ row.class }}</td><td>{{ "%.1f"|format(100 * row.probability) }} %</td></tr>{% endfor %}
-</tbody></table></div><p><small>Method: {{ method }}. Bright places speak for the class; where a map has signs, orange speaks for it and blue against it.</small></p>
+</tbody></table></div><p><small>Method: {{ method }}. {% if not words %}Bright places speak for the class; where a map has signs, orange speaks for it and blue against it.{% endif %}</small></p>
 </section></main></body></html>
 """
 )
@@ -193,8 +210,16 @@ def write_explained(
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / "explanation.png") as part:
         figure.savefig(part, format="png", dpi=150, facecolor="white")
-    told = {"title": "Why the model says so", "alt": "; ".join(explained.lines()[:most]), "style": STYLE}
-    told |= {"picture": figure_uri(figure), "remarks": value["warnings"], "rows": value["answers"]}
+    told: dict[str, Any] = {
+        "title": "Why the model says so",
+        "alt": "; ".join(explained.lines()[:most]),
+        "style": STYLE,
+    }
+    told |= {
+        "picture": figure_uri(figure),
+        "remarks": explained.remarks if words else value["warnings"],
+        "rows": value["answers"],
+    }
     set_to = ", ".join(f"{k} {v}" for k, v in value["config"].items())
     told |= {"words": Markup(words), "method": f"{value['method']}{f' ({set_to})' if set_to else ''}"}
     return write_both(folder, "explanation", value=value, text=filled(PAGE, told))
@@ -226,10 +251,16 @@ def report_figures(
     **how: Any,  # method, verdict, temperature, seed: as in `why`
 ) -> dict[str, Figure]:  # by caption, as a report takes them
     "What speaks for the class of the samples that a model is surest of."
+    if split not in data.splits:
+        raise unknown("split", split, data.splits)
     samples = data.splits[split].take(surest(said, most=most, of=of))
     if not len(samples):
         return {}
     texts = [samples.text(i) for i in range(len(samples))] if data.kind == "text" else None
-    found = why(model, texts or pixels(model, samples), **how)
+    try:
+        found = why(model, texts or pixels(model, samples), **how)
+    except AdaptkitError as e:  # a report without a map is better than none
+        warnings.warn(f"The report has no map: {e}", stacklevel=2)
+        return {}
     each = "each class" if of is None else repr(data.classes[of])
-    return {f"What speaks for the class, in {split} {data.kind}s of {each}: {found.method}": found.show(most)}
+    return {f"What speaks for the class, in {split} {data.kind}s taken for {each}: {found.method}": found.show(most)}

@@ -260,5 +260,5 @@ def draw_hierarchy(
         draw_level(row, found, one, image=image, classes=kinds)
     for k, part in zip(np.cumsum([0, *parts.values()]), parts, strict=False):
         grid[0, k].text(0, 1.22, part, transform=grid[0, k].transAxes, fontsize=8, fontweight="bold", in_layout=False)
-    figure.suptitle(f"{found.names[image]}, {found.probability[image]:.0%}\n", fontsize=9)
+    figure.suptitle(f"{found.names[image]}, {found.probability[image]:.0%}\n", fontsize=9, parse_math=False)
     return figure

@@ -70,18 +70,17 @@ def emptied(
             fine and bool(given.isfinite().all()),
             f"A baseline must be finite and fit images of the shape {list(x.shape)}; found {list(baseline.shape)}: give [C, H, W], or [C, 1, 1].",
         )
-        return given.expand(len(x), -1, -1, -1)
-    if isinstance(baseline, str):
+        baseline, ground = float(given.abs().amax()), given.expand(len(x), -1, -1, -1)
+    elif isinstance(baseline, str):
         return blurred(x)
-    if baseline is None:
+    elif baseline is None:
         return x.mean((2, 3), keepdim=True)
+    else:
+        ground = x.new_full((len(x), 1, 1, 1), baseline)
     low, high = (float(v) for v in x.aminmax())
     picture = x.shape[1] in (1, 3) and low >= 0 and high <= 1
-    check(
-        not picture or 0 <= baseline <= 1,
-        f"baseline = {baseline}: pixels lie in [0, 1]; divide bytes by 255.",
-    )
-    return x.new_full((len(x), 1, 1, 1), baseline)
+    check(not picture or 0 <= baseline <= 1, f"baseline = {baseline}: pixels lie in [0, 1]; divide bytes by 255.")
+    return ground
 
 # %% ../../nbs/6b_explanation/24_occlusion.ipynb #1e64b128
 def exact(

@@ -198,7 +198,7 @@ def reads_of(
         )
         if len(parts) > 1:
             said.append(
-                f"{rest}. It was explained in {len(parts)} windows, each as a text of its own; only the first is what the model says to this text."
+                f"{rest}. It was explained in {len(parts)} windows, each as a text of its own with a probability of its own, about the class that the model says to the first."
             )
         elif read.unread:
             said.append(f"{rest}, which have no part in its answer; windows=True explains them as texts of their own.")

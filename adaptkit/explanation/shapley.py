@@ -177,6 +177,8 @@ class Shapley(Settings):
     regions: Tensor | None = None  # labels [H, W] or [B, H, W]; below 0: never hidden
 
     def __post_init__(self) -> None:
+        pair = isinstance(self.cells, tuple | list) and len(self.cells) == 2
+        check(pair, f"cells = {self.cells!r}: give rows and columns of the grid, (6, 6) for example.")
         check_counts(batch=self.batch, **{f"cells[{i}]": n for i, n in enumerate(self.cells)})
         check_baseline(self.baseline)
         paired_orders(1, self.permutations, generator=torch.Generator())

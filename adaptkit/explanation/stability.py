@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.registry import check
-from .contract import Explainer, Target, aim, check_pictures, class_numbers, suited_to
+from .contract import Explainer, Target, aim, check_pictures, class_numbers, size_refused, suited_to
 from .explain import explain
 from .gradients import answers, check_counts
 from ..robustness.contract import Logits, fresh, network_of, quiet_model
@@ -101,7 +101,10 @@ def said_of(
     network = network_of(model)
     wanted = class_numbers(target, classes=tuple(getattr(network, "classes", ())), n=len(x))
     with quiet_model(model):
-        return aim(answers(model, suited_to(network, x), batch=64), wanted)
+        x = suited_to(network, x)
+        refused = size_refused(model, x)
+        check(not refused, refused)
+        return aim(answers(model, x, batch=64), wanted)
 
 # %% ../../nbs/6b_explanation/39_stability.ipynb #546f3d5c
 def cascade(
@@ -186,7 +189,7 @@ def pixel_noise(
 def infidelity(
     model: Logits,  # left as it is
     x: Tensor,  # images, [B, C, H, W]
-    values: Tensor,  # contributions, like x, as in an Attribution of the images' own size
+    values: Tensor,  # slopes, like x: logits for each unit of a pixel, as a gradient has
     target: Target = None,  # classes; None: what the model says
     *,
     taken: Callable[[Tensor, torch.Generator], Tensor] = pixel_noise,  # images and generator to what is taken away
@@ -195,7 +198,7 @@ def infidelity(
     batch: int = 64,  # images that pass the model at once, >= 1
     seed: int = 0,  # of what is taken away
 ) -> Tensor:  # >= 0, in squared logits, [B]
-    "By how much contributions mistake what a change of the image does to the logit (Yeh 2019)."
+    "By how much slopes mistake what a change of the image does to the logit (Yeh 2019)."
     check(
         values.shape == x.shape,
         f"Infidelity needs values like the images, {list(x.shape)}; found {list(values.shape)}.",

@@ -125,10 +125,10 @@ def draw_words(
         ax.barh(rows, values, color=["#e6911e" if v > 0 else "#5a96e6" for v in values])
         ax.set_yticks(rows, [found.words[i][k][:18] for k in kept[i]], fontsize=8, parse_math=False)
         ax.axvline(0, color="0.4", lw=0.8)
-        ax.set_title(f"{found.names[i]}\n{found.probability[i]:.0%} ({kind})", fontsize=9)
+        ax.set_title(f"{found.names[i]}\n{found.probability[i]:.0%} ({kind})", fontsize=9, parse_math=False)
         ax.invert_yaxis()
         ax.spines[["top", "right", "left"]].set_visible(False)
-    figure.supxlabel("\n".join([found.method, *found.warnings]), fontsize=7)
+    figure.supxlabel("\n".join([found.method, *found.warnings]), fontsize=7, parse_math=False)
     return figure
 
 # %% ../../nbs/6b_explanation/28_texts.ipynb #86b8392c
@@ -202,6 +202,7 @@ def text_attribution(
     classes: Sequence[str],  # names; may be empty
     temperature: float | None,  # that calibrates the logits, > 0
     baseline: str,  # what stood in the place of a word
+    references: int,  # other texts that were given
     said: Sequence[str],  # warnings from before
 ) -> TextAttribution:
     "Complete what a method has found about texts."
@@ -214,6 +215,7 @@ def text_attribution(
     names = tuple(classes[k] if k < len(classes) else f"class {k}" for k in target.tolist())
     texts, spans = tuple(r.text for r in reads), tuple(r.words for r in reads)
     config, warnings = {**explainer.config, "hidden_word": baseline}, (*said, *noticed(found, error))
+    config |= {"references": references} if "references" in config else {}
     return TextAttribution(
         texts,
         spans,
@@ -243,13 +245,13 @@ def explain_text(
     references: Sequence[str] = (),  # other texts, for methods that compare with them
 ) -> TextAttribution:
     "Which words of each text speak for a class."
-    explainer = EXPLAINERS[method]() if isinstance(method, str) else method
+    explainer = EXPLAINERS[method]() if isinstance(method, str) else method() if isinstance(method, type) else method
     check(temperature is None or temperature > 0, f"temperature = {temperature}: it must be above 0, or None.")
     network, listed = check_texts(getattr(model, "_orig_mod", model), texts)
     reader, classes = cast(Tokens, network.reader), tuple(getattr(network, "classes", ()))
     wanted = class_numbers(target, classes=classes, n=len(listed), what="texts")
     reads, owners, said = reads_of(reader, listed, windows=windows)
-    others = [read_text(reader, t) for t in references]
+    others = [read_text(reader, t) for t in ([references] if isinstance(references, str) else references)]
     with torch.inference_mode(False), quiet_model(network):
         table = token_table(network, reader.tokenizer)
         name, word = hidden_word(table, reader.tokenizer, baseline)
@@ -260,9 +262,7 @@ def explain_text(
                 found[k - 1][0].target if aim is None and k and owners[k - 1] == i else aim
             )  # windows share their class
             found.append(one_text(network, explainer, read, aim, table=table, word=word, references=others, seed=seed))
-    said = (
-        []
-        if getattr(model, "_orig_mod", model) is model
-        else ["The model is compiled: it was explained as it was before."]
-    ) + said
-    return text_attribution(reads, found, explainer, classes=classes, temperature=temperature, baseline=name, said=said)
+    compiled = getattr(model, "_orig_mod", model) is not model
+    said = ["The model is compiled: it was explained as it was before."] * compiled + said
+    told: dict[str, Any] = {"temperature": temperature, "baseline": name, "references": len(others), "said": said}
+    return text_attribution(reads, found, explainer, classes=classes, **told)

@@ -251,8 +251,8 @@ def draw_film(
         xlim=(-2, 102),
         ylim=(-0.03, 1.03),
         xlabel=f"pixels {lab.values['way']}, %",
-        ylabel=f"{lab.classes[k]}, softmax"[:28],
     )
+    line.set_ylabel(f"{lab.classes[k]}, softmax"[:28], parse_math=False)
     if values is None:
         line.text(50, 0.5, textwrap.fill(remark, 34), ha="center", va="center", fontsize=7, parse_math=False)
     places = torch.linspace(0, 100, lab.maps.steps + 1)

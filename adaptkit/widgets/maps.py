@@ -25,7 +25,7 @@ __all__ = ['ready_methods', 'has_stage', 'Maps', 'offered', 'class_names']
 
 # %% ../../nbs/9_widgets/26_maps.ipynb #2821e0c3
 def ready_methods() -> list[str]:
-    "Names of explainers that need only a model and an image."
+    "Names of explainers that need only a model and an image, and few enough passes for a lab."
     return [name for name in EXPLAINERS if not _missing(name)]
 
 
@@ -126,7 +126,7 @@ def offered(
             raise unknown("explainer", name, EXPLAINERS)
         check(
             not _missing(name),
-            f"{name} needs more than a model and an image: take one of {', '.join(ready_methods())}.",
+            f"{name} needs more than a model and an image, or too many passes for a lab: take one of {', '.join(ready_methods())}.",
         )
     ours = isinstance(getattr(network_of(model), "backbone", None), Backbone)
     stages = tuple(stages_of(model, None)) if ours else ()
