@@ -169,3 +169,9 @@ def test_a_report_is_written_without_a_map_if_there_can_be_none(run: Run, images
         assert report_figures(run.model, data, said, method="attentionrollout", most=2) == {}
     with pytest.raises(AdaptkitError, match="test"):
         report_figures(run.model, data, said, split="tset")
+
+
+def test_data_of_other_classes_are_told(run: Run, images: Path) -> None:
+    data = load_data(str(images), split=run.folder / "split.json")
+    with pytest.raises(AdaptkitError, match="classes differ"):
+        temperature_of(run.model, dataclasses.replace(data, classes=data.classes[::-1]))

@@ -480,3 +480,16 @@ def test_channels_that_attend_are_no_pieces_and_positions_no_attention() -> None
 def test_a_window_of_ones_own_hides_words_with_the_hidden_word(bag: Model) -> None:
     whole = explain_text(bag, "one two three two", 1, method="occlusion").values[0]
     assert torch.allclose(explain_text(bag, "one two three two", 1, method=Occlusion(1, 1)).values[0], whole, atol=1e-5)
+
+
+def test_a_model_behind_another_object_is_told_and_sizes_are_no_signs(bag: Model) -> None:
+    class Other:
+        def __init__(self, model: Model) -> None:
+            self.model = model
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return -self.model(x)
+
+    with pytest.raises(AdaptkitError, match="only holds one"):
+        explain_text(Other(bag), "one two", 1)
+    assert "the stronger the colour" in explain_text(bag, "one two", 1, method="gradient")._repr_html_()

@@ -62,6 +62,8 @@ def temperature_of(
     data: Data,  # of its run
 ) -> tuple[float | None, str]:  # None where there is none, and why
     "The temperature that calibrates a model on validation samples."
+    same = data.classes == model.classes
+    check(same, f"The classes differ: the model knows {', '.join(model.classes)}, the data {', '.join(data.classes)}.")
     said = predict(model, data.valid)
     told = why_not(said)
     if told:

@@ -72,10 +72,12 @@ class TextAttribution:
         bodies = [marked(t, s, v.tolist()) for t, s, v in zip(self.texts, self.spans, self.values, strict=True)]
         parts = [f'<p style="line-height:2.4">{h}: {b}</p>' for h, b in zip(heads, bodies, strict=True)]
         notes = [f"<li>{html.escape(w)}</li>" for w in self.warnings]
+        signed = any(bool((v < 0).any()) for v in self.values)
+        legend = "orange for, blue against" if signed else "the stronger the colour, the more a word matters"
         return "".join(
             [
                 *parts,
-                f"<small>{html.escape(self.method)}: orange for, blue against</small>",
+                f"<small>{html.escape(self.method)}: {legend}</small>",
                 *(["<ul>", *notes, "</ul>"] if notes else []),
             ]
         )
@@ -142,6 +144,8 @@ def check_texts(
         raise AdaptkitError(
             "explain_text needs a model that reads texts, with its reader; a model of images goes to explain."
         )
+    whole = network is model
+    check(whole, "explain_text needs the network itself: this object only holds one, and may change what it says.")
     check(bool(listed), "There is nothing to explain: the list of texts is empty.")
     wrong = [i for i, t in enumerate(listed) if not isinstance(t, str)]
     check(
