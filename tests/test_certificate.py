@@ -155,6 +155,8 @@ def test_runs_are_certified_images_and_texts(tmp_path: Path) -> None:
         assert done.exit_code == 0 and "in a new process" in done.output and "FAILED" not in done.output, done.output
         stored = json.loads((run.folder / "certificate.json").read_text())
         assert stored["passed"] and [s["n"] for s in stored["steps"]] == [40] * 4
+    other = certify(run, model=build_model("bag_of_embeddings", data, size=16, seed=9), n=40)
+    assert [step.passed for step in other.steps][:2] == [True, False]  # the folder holds another model
     with pytest.raises(AdaptkitError, match="not a run folder"):
         certify(tmp_path)
     with pytest.raises(AdaptkitError, match="train"):

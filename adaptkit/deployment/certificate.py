@@ -29,7 +29,7 @@ from ..models.fusing import fused
 from ..models.sources import read_weights, write_weights
 from ..models.stages import evaluating
 from ..robustness.finished import data_of
-from ..training.runs import open_run
+from ..training.runs import Run, open_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,28 +241,30 @@ def halved(
 
 
 def certify(
-    folder: str | Path,  # of a finished run
+    run: Run | str | Path,  # finished, or its folder
     *,
+    model: Model | None = None,  # the one that was tested; None: what the folder holds
     data: str = "",  # where its data are; empty: the name that the run has recorded
     split: str = "valid",  # whose samples are asked
     n: int = 200,  # how many of them, drawn by chance, >= 1
     seed: int = 0,  # of the draw
 ) -> Certificate:
     "Ask the model of a run the same after each step on its way; leaves certificate.json beside it."
-    run = open_run(folder)
+    run = run if isinstance(run, Run) else open_run(run)
     splits = data_of(run, data).splits
     if split not in splits:
         raise unknown("split", split, splits)
     every = splits[split]
     samples = every.take(np.sort(np.random.default_rng(seed).permutation(len(every))[:n]))
-    before = witness(run.model, samples)
+    model = run.model if model is None else model
+    before = witness(model, samples)
     with tempfile.TemporaryDirectory() as place:
-        loaded = witness(load_model(save_model(run.model, place)), samples)
+        loaded = witness(load_model(save_model(model, place)), samples)
     steps = (
         judged("saved and loaded", before, loaded),
         judged("in a new process", before, far_witness(run.folder, samples)),
-        judged("folded", before, witness(fused(run.model), samples), allowed=ROUNDED),
-        judged("half precision", before, witness(halved(run.model), samples), allowed=ROUNDED),
+        judged("folded", before, witness(fused(model), samples), allowed=ROUNDED),
+        judged("half precision", before, witness(halved(model), samples), allowed=ROUNDED),
     )
     found = Certificate(str(run.folder), split, steps)
     write_json(run.folder / "certificate.json", found.to_json())

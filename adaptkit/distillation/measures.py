@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.registry import AdaptkitError
 from ..data.datasets import Rows, Samples, batches
+from ..evaluation.calibration import by_confidence
 from ..evaluation.evaluate import predict
 from ..evaluation.intervals import Score, resampled
 from ..evaluation.metrics import Floats, Integers, Predictions
@@ -65,9 +66,7 @@ def calibration(
     bins: int = 15,  # of confidence, equally wide
 ) -> Measure:
     "Expected calibration error (Guo 2017): how far confidence is from accuracy, 0 to 1."
-    sure = predictions.probabilities.max(1)
-    right = predictions.predicted == predictions.labels
-    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    sure, right, place = by_confidence(predictions, bins=bins)
     return Measure(np.eye(bins)[place].T * (sure - right), np.ones(len(sure)))
 
 # %% ../../nbs/5b_distillation/48_measures.ipynb #8a807c55

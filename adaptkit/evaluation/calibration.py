@@ -12,25 +12,34 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from ..core.registry import check
-from .metrics import Floats, Predictions
+from .metrics import Floats, Integers, Predictions
 
 if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['reliability', 'calibration_error', 'draw_reliability', 'tempered', 'why_not', 'fit_temperature']
+__all__ = ['by_confidence', 'reliability', 'calibration_error', 'draw_reliability', 'tempered', 'why_not', 'fit_temperature']
 
 # %% ../../nbs/6a_evaluation/20_calibration.ipynb #db503e12
+def by_confidence(
+    predictions: Predictions,  # N of them
+    *,
+    bins: int,  # equally wide, >= 1
+) -> tuple[Floats, Floats, Integers]:  # how sure each answer was, whether it was right (0 or 1), its bin; [N] each
+    "Answers sorted into bins of confidence."
+    check(bins >= 1, f"bins = {bins}: at least one is needed.")
+    sure = predictions.probabilities.max(1)
+    right = (predictions.predicted == predictions.labels).astype(np.float64)
+    return sure, right, np.clip(np.ceil(sure * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
 def reliability(
     predictions: Predictions,  # N of them
     *,
     bins: int = 15,  # of confidence, equally wide, >= 1
 ) -> tuple[Floats, Floats, Floats]:  # for each bin that isn't empty: mean confidence, share that is right, share of all
     "How sure answers were, and how often they were right."
-    check(bins >= 1, f"bins = {bins}: at least one is needed.")
-    sure = predictions.probabilities.max(1)
-    right = (predictions.predicted == predictions.labels).astype(np.float64)
-    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    sure, right, place = by_confidence(predictions, bins=bins)
     count = np.bincount(place, minlength=bins)
     full = count > 0
     means = (np.bincount(place, weights=v, minlength=bins)[full] / count[full] for v in (sure, right))

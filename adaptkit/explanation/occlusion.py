@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -249,11 +249,6 @@ class Occlusion(Settings):
         check_baseline(self.baseline)
         clear = self.regions is None or (self.window is None and self.stride is None)
         check(clear, "Regions and a window were given: which is to be hidden? Leave out one of them.")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        "All settings; of tensors only their shapes."
-        return {k: list(v.shape) if isinstance(v, Tensor) else v for k, v in super().config.items()}
 
     def attribute(
         self, model: Logits, x: Tensor, target: Tensor | None = None, *, generator: torch.Generator | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -182,11 +182,6 @@ class Shapley(Settings):
         check_counts(batch=self.batch, **{f"cells[{i}]": n for i, n in enumerate(self.cells)})
         check_baseline(self.baseline)
         paired_orders(1, self.permutations, generator=torch.Generator())
-
-    @property
-    def config(self) -> dict[str, Any]:
-        "All settings; of tensors only their shapes."
-        return {k: list(v.shape) if isinstance(v, Tensor) else v for k, v in super().config.items()}
 
     def attribute(
         self, model: Logits, x: Tensor, target: Tensor | None = None, *, generator: torch.Generator | None = None

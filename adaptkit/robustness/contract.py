@@ -60,8 +60,9 @@ class Settings:
 
     @property
     def config(self) -> dict[str, Any]:
-        "Every field with its value."
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        "Every field with its value; of a tensor its shape."
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {k: list(v.shape) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 # %% ../../nbs/5a_robustness/07_contract.ipynb #db86f3a2
 def network_of(
