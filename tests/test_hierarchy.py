@@ -218,3 +218,10 @@ def test_a_gallery_of_other_weights_is_noticed(asked: tuple[Model, Tensor]) -> N
     with pytest.raises(AdaptkitError, match="high says so"):
         hierarchy(other, shelf, x)
     assert hierarchy(other, shelf, x, stages=["low"]).levels.keys() == {"low"}  # where nothing has changed
+
+
+def test_data_of_other_classes_make_no_gallery() -> None:
+    data = toy_data(12)
+    model = build_model("small_cnn", Named(data.classes[::-1]), size=18)
+    with pytest.raises(AdaptkitError, match="classes differ"):
+        gallery(model, data)

@@ -200,7 +200,7 @@ def kept(model: nn.Module) -> bool:
 def test_ten_thousand_words_are_read_as_far_as_the_model_does(bag: Model) -> None:
     text = " ".join(f"word{i}" for i in range(10_000))
     short = explain_text(bag, text, method=IntegratedGradients(2))
-    assert short.words[0] == tuple(f"word{i}" for i in range(8)) and "reads the first 8 words and not the other 9992" in short.warnings[0]
+    assert short.words[0] == tuple(f"word{i}" for i in range(8)) and "doesn't read the last 9992 words" in short.warnings[0]
     parts = explain_text(bag, ["before", text], windows=True, method="inputxgradient")
     assert len(parts.texts) == 1 + 1250 and "1250 windows" in parts.warnings[0] and "a probability of its own" in parts.warnings[0]
     assert [w for row in parts.words[1:] for w in row] == text.split() and set(parts.target[1:].tolist()) == {int(short.target[0])}
@@ -493,3 +493,10 @@ def test_a_model_behind_another_object_is_told_and_sizes_are_no_signs(bag: Model
     with pytest.raises(AdaptkitError, match="only holds one"):
         explain_text(Other(bag), "one two", 1)
     assert "the stronger the colour" in explain_text(bag, "one two", 1, method="gradient")._repr_html_()
+
+
+def test_a_word_that_is_read_by_half_is_told_and_what_is_whole_is_not(minilm: Model) -> None:
+    half = read_text(minilm.reader, "a b c d e f g h i j k l photosynthesis")
+    assert half.unread == 1 and len(half.words) == 13
+    assert "last 1 words" in explain_text(minilm, "a b c d e f g h i j k l photosynthesis", method="gradient").warnings[0]
+    assert read_text(minilm.reader, "Hello there\u200b").unread == 0

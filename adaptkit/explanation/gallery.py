@@ -164,6 +164,9 @@ def gallery(
 ) -> Gallery:
     "Show training images to a model once, and keep what each stage makes of them."
     taken, samples = stages_of(model, stages), checked_images(data, split, n)
+    known, given = (tuple(getattr(of, "classes", ())) for of in (network_of(model), data))
+    same = not known or not given or known == given
+    check(same, f"The classes differ: the model knows {', '.join(known)}, the data {', '.join(given)}.")
     parts: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
     check(batch_size >= 1, f"batch_size = {batch_size}: it must be at least 1.")
     with torch.inference_mode(False), quiet_model(model):
@@ -173,7 +176,7 @@ def gallery(
             check(not refused, refused)
             parts.append((channel_means(model, x, taken), batch.y.cpu(), batch.index.cpu()))
     labels = torch.cat([y for _, y, _ in parts])
-    names = tuple(getattr(data, "classes", ()) or getattr(network_of(model), "classes", ()))
+    names = given or known
     names += tuple(f"class {k}" for k in range(len(names), int(labels.max()) + 1))
     features = {name: torch.cat([means[name] for means, _, _ in parts]) for name in taken}
     return Gallery(features, labels, torch.cat([i for *_, i in parts]), names, picture_reader(model, samples))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.registry import check
+from .occlusion import blurred as blurred
 
 # %% auto #0
-__all__ = ['grey_ground', 'blurred', 'neighbours', 'imputed']
+__all__ = ['grey_ground', 'neighbours', 'imputed']
 
 # %% ../../nbs/6b_explanation/37_grounds.ipynb #18be7aa8
 def grey_ground(
@@ -19,23 +20,6 @@ def grey_ground(
 ) -> Tensor:  # like x
     "The mean of each channel of each image, everywhere."
     return x.mean((2, 3), keepdim=True).expand_as(x)
-
-
-def blurred(
-    x: Tensor,  # images, [B, C, H, W]
-    *,
-    width: float | None = None,  # standard deviation of the blur in pixels, > 0; None: a tenth of the shorter side
-) -> Tensor:  # like x
-    "Images behind frosted glass (Gaussian blur, edges repeated)."
-    width = min(x.shape[2:]) / 10 if width is None else width
-    check(width > 0, f"width = {width}: it must be above 0.")
-    reach = int(3 * width) + 1
-    bell = torch.exp(-((torch.arange(-reach, reach + 1) / width) ** 2) / 2).to(x.device, x.dtype)
-    bell = (bell / bell.sum())[None, None]
-    planes = x.flatten(0, 1)[:, None]  # [B*C, 1, H, W]
-    for kernel, room in ((bell[..., None], (0, 0, reach, reach)), (bell[:, :, None], (reach, reach, 0, 0))):
-        planes = nn.functional.conv2d(nn.functional.pad(planes, room, mode="replicate"), kernel)
-    return planes.view(x.shape)
 
 # %% ../../nbs/6b_explanation/37_grounds.ipynb #444137b6
 def neighbours(

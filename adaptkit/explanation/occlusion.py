@@ -44,17 +44,18 @@ def check_baseline(
 def blurred(
     x: Tensor,  # images, [B, C, H, W]
     *,
-    share: float = 0.1,  # standard deviation, in parts of the longer side, > 0
+    width: float | None = None,  # standard deviation in pixels, > 0; None: a tenth of the longer side
 ) -> Tensor:  # like x
-    "Images out of focus; beyond the rim nothing is made up."
-    width = share * max(x.shape[2:])
+    "Images out of focus (Gaussian); beyond the rim nothing is made up."
+    spread = max(x.shape[2:]) / 10 if width is None else width
+    check(spread > 0, f"width = {width}: it must be above 0.")
 
     def smear(side: int) -> Tensor:
-        places = torch.arange(side, device=x.device)
-        weights = (-(((places[:, None] - places) / width) ** 2) / 2).exp()  # [side, side]
+        places = torch.arange(side, device=x.device, dtype=exact(x).dtype)
+        weights = (-(((places[:, None] - places) / spread) ** 2) / 2).exp()  # [side, side]
         return weights / weights.sum(1, keepdim=True)
 
-    return torch.einsum("bchw,ih,jw->bcij", x.float(), smear(x.shape[2]), smear(x.shape[3])).to(x.dtype)
+    return torch.einsum("bchw,ih,jw->bcij", exact(x), smear(x.shape[2]), smear(x.shape[3])).to(x.dtype)
 
 # %% ../../nbs/6b_explanation/24_occlusion.ipynb #c6c19393
 def emptied(

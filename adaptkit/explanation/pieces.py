@@ -115,7 +115,7 @@ class Read:
     ids: Tensor  # numbers of its pieces, int64, [T]
     words: tuple[Span, ...]  # that were read, in order
     places: Tensor  # number of each piece's word, -1: none, int64, [T]
-    unread: int  # words behind the last piece
+    unread: int  # words that are not read, or not to their end, because the text is too long
 
     def merged(
         self,
@@ -140,7 +140,10 @@ def read_text(
     words, places = joined(words_of(text), spans)
     end = max((s[1] for s in spans if s is not None), default=0)
     seen = [w for w in words if w[0] < end]
-    return Read(text, torch.tensor(ids), tuple(seen), torch.tensor(places), len(words) - len(seen))
+    cut = len(spans_of(reader.tokenizer, text)[0]) > len(ids)
+    half = bool(seen) and end < seen[-1][1]  # of the last word only a part fits
+    unread = len(words) - len(seen) + half if cut else 0
+    return Read(text, torch.tensor(ids), tuple(seen), torch.tensor(places), unread)
 
 # %% ../../nbs/6b_explanation/27c_pieces.ipynb #5b0ea5d4
 def units(
@@ -192,7 +195,7 @@ def reads_of(
     for i, text in enumerate(texts):
         read = read_text(reader, text)
         check(bool(read.words), f"Text {i} (from 0) has no words that the model's tokeniser knows of: leave it out.")
-        rest = f"Text {i}: the model reads the first {len(read.words)} words and not the other {read.unread}"
+        rest = f"Text {i}: the model doesn't read the last {read.unread} words to their end"
         parts = (
             [read_text(reader, text[a:b]) for a, b in windows_of(reader, text)] if windows and read.unread else [read]
         )
@@ -201,6 +204,6 @@ def reads_of(
                 f"{rest}. It was explained in {len(parts)} windows, each as a text of its own with a probability of its own, about the class that the model says to the first."
             )
         elif read.unread:
-            said.append(f"{rest}, which have no part in its answer; windows=True explains them as texts of their own.")
+            said.append(f"{rest}; windows=True explains them as texts of their own.")
         reads, owners = reads + parts, owners + [i] * len(parts)
     return reads, owners, said
