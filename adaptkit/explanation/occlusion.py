@@ -20,7 +20,7 @@ from .gradients import answers, check_counts
 from ..robustness.contract import Logits
 
 # %% auto #0
-__all__ = ['Baseline', 'CACHED', 'Hidden', 'Size', 'check_baseline', 'blurred', 'emptied', 'exact', 'at_once', 'hidden_scores',
+__all__ = ['Baseline', 'CACHED', 'Hidden', 'Size', 'check_baseline', 'exact', 'blurred', 'emptied', 'at_once', 'hidden_scores',
            'of_class', 'strips', 'sides', 'windows', 'averaged', 'numbered', 'grid_regions', 'painted', 'Occlusion']
 
 # %% ../../nbs/6b_explanation/24_occlusion.ipynb #f7cdce37
@@ -39,6 +39,13 @@ def check_baseline(
         fine,
         f"baseline = {baseline!r}: a finite value, None for the mean of each image's channels, 'blur', or a tensor.",
     )
+
+
+def exact(
+    x: Tensor,  # of any precision
+) -> Tensor:
+    "In at least float32: differences of half-precise numbers are coarse enough."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def blurred(
@@ -84,13 +91,6 @@ def emptied(
     return ground
 
 # %% ../../nbs/6b_explanation/24_occlusion.ipynb #1e64b128
-def exact(
-    x: Tensor,  # of any precision
-) -> Tensor:
-    "In at least float32: differences of half-precise numbers are coarse enough."
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 CACHED = 4 * 224**2  # pixels at once that a processor's core reads fastest (measured with EfficientNet-Lite0)
 
 
