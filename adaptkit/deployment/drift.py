@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.registry import AdaptkitError, check
+from ..core.registry import check
 from .two_samples import DRIFT_TESTS, DriftTest, Members, Pool, median_distance
 from ..evaluation.metrics import Floats
 

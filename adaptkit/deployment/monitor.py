@@ -57,8 +57,10 @@ def joined(
         return parts[0]
     out = {name: np.concatenate([p.out[name] for p in parts]) for name in parts[0].out}
     raw = tuple(np.concatenate(each) for each in zip(*(p.raw for p in parts), strict=True))
-    both = (np.concatenate([getattr(p, name) for p in parts]) for name in ("features", "probabilities"))
-    return Seen(*both, out, raw)
+    features, probabilities = (
+        np.concatenate([getattr(p, name) for p in parts]) for name in ("features", "probabilities")
+    )
+    return Seen(features, probabilities, out, raw)
 
 
 def seen(
@@ -102,7 +104,7 @@ def concluded(
     filled: Filled,
     *,
     tests: Sequence[DriftTest],
-    about: Mapping[str, str],  # model, revision, worker
+    about: Mapping[str, Any],  # model, revision, worker
     **how: Any,  # level, permutations, seed: as in `judge`
 ) -> Window:
     "Judge a window."
@@ -112,10 +114,20 @@ def concluded(
     judged = judge(pool, len(s), tests=tests, **how)
     sure, said = s.probabilities.max(axis=1), s.probabilities.argmax(axis=1)
     guess = estimated(reference, sure)
-    found = {"each": judged.each, "statistics": judged.statistics, "why": judged.why, "outside": shares_outside(s.out)}
+    found: dict[str, Any] = {
+        "each": judged.each,
+        "statistics": judged.statistics,
+        "why": judged.why,
+        "outside": shares_outside(s.out),
+    }
     found |= {"counts": np.bincount(said, minlength=len(reference.classes)).tolist(), "confidence": quantiles(sure)}
     found |= {"accuracy": guess.atc, "low": guess.low, "high": guess.high}
-    when = {"begun": filled.begun, "ended": filled.ended, "broken": filled.broken, "unreadable": filled.unreadable}
+    when: dict[str, Any] = {
+        "begun": filled.begun,
+        "ended": filled.ended,
+        "broken": filled.broken,
+        "unreadable": filled.unreadable,
+    }
     seconds = time.perf_counter() - begun
     return Window(filled.number, len(s), p=judged.p, level=judged.level, seconds=seconds, **found, **when, **about)
 
@@ -193,7 +205,8 @@ class Monitor:
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self._lock, self._queue = threading.Lock(), queue.Queue[Filled | None](maxsize=8)
         self._parts: list[Seen] = []
-        self._fill, self._begun, self._bad, self._thread = 0, 0.0, [0, 0], None
+        self._fill, self._begun, self._bad = 0, 0.0, [0, 0]
+        self._thread: threading.Thread | None = None
 
     def observe(
         self,

@@ -37,7 +37,7 @@ def canvas(
     n: int,  # windows
 ) -> tuple[Figure, Axes]:
     "An empty picture with windows from left to right."
-    figure = Figure(figsize=(7.2, 2.3), layout="constrained")
+    figure = Figure(figsize=(5.2, 2.2), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(-0.5, max(n, 2) - 0.5), xlabel="window", ylabel=label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -132,10 +132,10 @@ PAGE = (
 <section aria-label="State"><div class="headline"><strong{% if alarm %} style="color: var(--warm)"{% endif %}>{{ state }}</strong><span>{{ now }}</span></div>
 <dl class="facts">{% for k, v in facts %}<div><dt>{{ k }}</dt><dd>{{ v }}</dd></div>{% endfor %}</dl>
 {% for r in remarks %}<p class="note">{{ r }}</p>{% endfor %}</section>
-{% for heading, caption, picture in pictures %}<section><h2>{{ heading }}</h2><figure class="paper chart"><img alt="{{ caption }}" src="{{ picture }}"><figcaption>{{ caption }}</figcaption></figure></section>
+{% for heading, caption, picture in pictures %}<section><h2>{{ heading }}</h2><figure class="paper chart"><img alt="{{ caption }}" src="{{ picture }}"></figure><p><small>{{ caption }}</small></p></section>
 {% endfor %}
 <section><h2>The last alarms</h2>{% if alarms %}<div class="scroll"><table><thead><tr><th>ended</th><th>p</th><th>loudest</th><th>accuracy about</th><th>worker</th></tr></thead><tbody>
-{% for row in alarms %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% else %}<p>There was none.</p>{% endif %}</section>
+{% for row in alarms %}<tr>{% for cell in row %}<td class="tight">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% else %}<p>There was none.</p>{% endif %}</section>
 <section><h2>What to do after an alarm</h2><ol class="summary"><li>Look at the inputs of that window, if they can be had: is it the camera, or the world?</li>
 <li>Label some of them: the accuracy above is an estimate, and it can be quite wrong.</li><li>Adapt again with new data, and compare before anything is replaced: <code>adaptkit readapt</code>.</li></ol></section>
 <footer>{{ footer }}</footer></main></body></html>
@@ -169,7 +169,11 @@ def page_values(
     alarm, now = since_when(windows)
     loud, last = [w for w in windows if w.alarm], windows[-1]
     expected = sum(w.level for w in windows)
-    facts = [("windows", len(windows)), ("requests in them", sum(w.rows for w in windows)), ("alarms", len(loud))]
+    facts: list[tuple[str, Any]] = [
+        ("windows", len(windows)),
+        ("requests in them", sum(w.rows for w in windows)),
+        ("alarms", len(loud)),
+    ]
     facts += [
         ("false ones expected", f"{expected:.1f}"),
         ("accuracy about", f"{last.accuracy:.0%} ({last.low:.0%} to {last.high:.0%})"),
@@ -206,7 +210,7 @@ def page_values(
         (at_time(w.ended), f"{w.p:.3g}", w.why or "answers that are no numbers", f"{w.accuracy:.0%}", w.worker)
         for w in loud[:-11:-1]
     ]
-    told = {
+    told: dict[str, Any] = {
         "title": f"Watching {last.model}",
         "span": f"{at_time(windows[0].begun)} to {at_time(last.ended)} UTC, revision {last.revision or 'not named'}",
     }
@@ -222,7 +226,7 @@ def page_values(
         "footer": f"Level {last.level:g}: the share of clean windows that raise an alarm, over all tests together.",
         "style": STYLE,
     }
-    return told | {"pictures": [(h, c, figure_uri(f, dpi=120)) for h, c, f in drawn]}
+    return told | {"pictures": [(h, c, figure_uri(f, dpi=150)) for h, c, f in drawn]}
 
 
 def write_monitor(

@@ -81,8 +81,8 @@ class Reference:
 
     def pool(self, features: Floats, probabilities: Floats, out: Floats) -> Pool:
         "One heap: the reference, then a window of projected features."
-        both = (self.features, features), (self.probabilities, probabilities), (self.outside, out)
-        return Pool(*(np.concatenate(pair) for pair in both), scale=self.scale)
+        x, p = np.concatenate([self.features, features]), np.concatenate([self.probabilities, probabilities])
+        return Pool(x, p, np.concatenate([self.outside, out]), self.scale)
 
     @property
     def fingerprint(self) -> str:
