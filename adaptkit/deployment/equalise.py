@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 # %% auto #0
-__all__ = ['pairs_of', 'by_input', 'rescaled', 'balance', 'equalised', 'bias_corrected']
+__all__ = ['pairs_of', 'by_input', 'rescaled', 'scale', 'balance', 'equalised', 'bias_corrected']
 
 # %% ../../nbs/7_deployment/17_equalise.ipynb #a45043ec
 def pairs_of(
@@ -67,19 +67,28 @@ def rescaled(
     factors: Mapping[str, npt.NDArray[Any]],  # for the channels that a layer makes, [C], > 0, by its name
 ) -> onnx.ModelProto:  # says the same, where ReLU alone lies between
     "Make channels louder, and their readers deaf by as much."
-    pairs = {first.name: (first, second) for first, second, _ in pairs_of(model)}
-    held = {n: np.array(w) for n, w in weights_of(model).items()}
+    pairs = {p[0].name: p for p in pairs_of(model)}
+    held = {n: np.array(w) for n, w in weights_of(model).items() if w.dtype.kind == "f"}
     for name, f in factors.items():
         check(name in pairs, f"{name!r} can't be rescaled: only a ReLU and one convolution may read what it makes.")
-        first, second = pairs[name]
         check(bool((np.asarray(f) > 0).all()), "Factors have to be above 0, or a ReLU would cut off the other side.")
-        held[first.weight] = held[first.weight] * f.reshape(-1, 1, 1, 1)
-        if first.bias:
-            held[first.bias] = held[first.bias] * f
-        read = by_input(held[second.weight], second)
-        assert read is not None
-        read /= f.reshape(-1, 1, 1, 1).astype(read.dtype)
-    return with_weights(model, {n: w for n, w in held.items() if w.dtype.kind == "f"})
+        scale(held, pairs[name], f)
+    return with_weights(model, held)
+
+
+def scale(
+    held: dict[str, npt.NDArray[Any]],  # weights by name; changed in place
+    pair: tuple[Layer, Layer, float],
+    f: npt.NDArray[Any],  # [C]
+) -> None:
+    "Make the first layer's channels louder, and the second deaf by as much."
+    first, second, _ = pair
+    held[first.weight] *= f.reshape(-1, 1, 1, 1).astype(np.float32)
+    if first.bias:
+        held[first.bias] *= f.astype(np.float32)
+    read = by_input(held[second.weight], second)
+    assert read is not None
+    read /= f.reshape(-1, 1, 1, 1).astype(np.float32)
 
 # %% ../../nbs/7_deployment/17_equalise.ipynb #71ab0776
 def balance(
@@ -109,19 +118,18 @@ def equalised(
     rounds: int = 20,  # over all pairs; more than one only by weights
 ) -> onnx.ModelProto:  # says the same
     "Make channels of neighbouring layers equally loud."
+    held = {n: np.array(w) for n, w in weights_of(model).items() if w.dtype.kind == "f"}
     for _ in range(rounds if seen is None else 1):
-        held, moved = weights_of(model), 0.0
+        moved = 0.0
         for pair in pairs_of(model):
-            first, second, ceiling = pair
-            if seen is None and np.isfinite(ceiling):
-                continue  # whether it is touched isn't known
-            f = balance(pair, held, None if seen is None else seen[second.given])
+            if seen is None and np.isfinite(pair[2]):
+                continue  # whether the ceiling is touched isn't known
+            f = balance(pair, held, None if seen is None else seen[pair[1].given])
             moved = max(moved, float(abs(np.log(f)).max()))
-            model = rescaled(model, {first.name: f})
-            held = weights_of(model)
+            scale(held, pair, f)
         if moved < 1e-3:
             break
-    return model
+    return with_weights(model, held)
 
 # %% ../../nbs/7_deployment/17_equalise.ipynb #3d553bf7
 def bias_corrected(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['File', 'Block', 'nodes_of', 'chain', 'read_graph', 'open_session', 'run', 'Layer', 'weights_of', 'layers_of',
-           'with_weights', 'tapped', 'flows', 'parting']
+           'unshared', 'with_weights', 'tapped', 'flows', 'read_names', 'parting']
 
 # %% ../../nbs/7_deployment/15_graphs.ipynb #c547aed9
 @dataclass(frozen=True, eq=False)
@@ -152,6 +152,24 @@ def layers_of(
     return found
 
 
+def unshared(
+    model: onnx.ModelProto,  # left as it is
+) -> onnx.ModelProto:
+    "The same graph, with weights of its own for each layer: equal ones may have been stored once."
+    onnx = require("onnx", "deploy")
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    held, taken = {t.name: t for t in model.graph.initializer}, set[str]()
+    for node in other.graph.node:
+        for i, name in enumerate(node.input):
+            if name in held and name in taken:
+                copy = other.graph.initializer.add()
+                copy.CopyFrom(held[name])
+                copy.name = node.input[i] = f"{name} of {node.name}"
+            taken.add(name)
+    return other  # type: ignore[no-any-return]
+
+
 def with_weights(
     model: onnx.ModelProto,  # left as it is
     new: Mapping[str, Any],  # arrays by name, shaped as those that they replace
@@ -203,15 +221,30 @@ def flows(
         yield {n: found[n] for n in names}
 
 
+def read_names(
+    model: onnx.ModelProto,
+) -> dict[str, str]:  # by layer
+    "The tensor that others read of each layer: what its ReLU makes, if one follows."
+    after = {n.input[0]: n for n in model.graph.node if n.op_type in ("Relu", "Clip")}
+    return {ly.name: after[ly.made].output[0] if ly.made in after else ly.made for ly in layers_of(model)}
+
+
 def parting(
     before: onnx.ModelProto,
-    after: onnx.ModelProto,  # with tensors of the same names
+    after: onnx.ModelProto,  # with tensors of the same names; what was rounded may be called ..._DequantizeLinear_Output
     *,
     inputs: Sequence[Mapping[str, Any]],  # batches
 ) -> dict[str, float]:  # signal to noise in decibels, by layer
     "What is left of each layer's answers."
-    made = {o for n in after.graph.node for o in n.output}
-    names = {ly.name: ly.made for ly in layers_of(before) if ly.made in made}
-    pairs = [list(flows(m, [*names.values()], inputs=inputs)) for m in (before, after)]
-    both = {n: [np.concatenate([f[t].ravel() for f in side]) for side in pairs] for n, t in names.items()}
-    return {name: decibels(*two) for name, two in both.items()}
+    made, names = {o for n in after.graph.node for o in n.output}, read_names(before)
+    there = {t: next((o for o in (f"{t}_DequantizeLinear_Output", t) if o in made), "") for t in names.values()}
+    names = {n: t for n, t in names.items() if there[t]}
+    one, two = (
+        list(flows(before, [*names.values()], inputs=inputs)),
+        list(flows(after, [*there.values()], inputs=inputs)),
+    )
+    joined = {
+        n: [np.concatenate([f[k].ravel() for f in side]) for side, k in ((one, t), (two, there[t]))]
+        for n, t in names.items()
+    }
+    return {name: decibels(*pair) for name, pair in joined.items()}

@@ -75,11 +75,11 @@ def observe(
     ends: dict[str, list[Any]] = {n: [] for n in names}
     for tensors in flows(model, names, inputs=inputs):
         for name, x in tensors.items():
-            fine = bool(np.isfinite(x).all())
+            rows = x.reshape(*x.shape[:2], -1)  # [N, C, positions]
+            low, high, mean = rows.min(2).min(0), rows.max(2).max(0), rows.mean(2).sum(0, dtype=np.float64)
+            fine = bool(np.isfinite(low.min()) and np.isfinite(high.max()))
             check(fine, f"{name} is not finite for some samples: mend the model before it is made smaller.")
-            others = tuple(d for d in range(x.ndim) if d != 1)
-            mean, far = len(x) * x.mean(others, dtype=np.float64), abs(x).max(others)
-            ends[name].append((float(x.min()), float(x.max()), len(x), mean, far))
+            ends[name].append((float(low.min()), float(high.max()), len(x), mean, np.maximum(high, -low)))
     counts: dict[str, Counts] = {n: np.zeros(BINS, np.int64) for n in names}
     span = {n: (min(e[0] for e in told), max(e[1] for e in told)) for n, told in ends.items()}
     for tensors in flows(model, names, inputs=inputs):
