@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..core.registry import Registry, check
 from .graphs import flows
-from .grids import Reals, activation_grid, decibels
+from .grids import Reals, activation_grid
 
 if TYPE_CHECKING:
     import onnx
