@@ -17,7 +17,7 @@ from ..data.datasets import Rows, Samples
 from .exporters import graph_beside
 from .int8 import Recipe, logits_of, mended, prepared, quantise_weights
 from .mixed import lost, write_mixed
-from .sessions import EXPORTERS, Feeds, OnnxSession, Session, check_exporter, feeds
+from .sessions import EXPORTERS, Feeds, OnnxSession, Session, feeds
 from ..heads.heads import Model
 
 # %% auto #0

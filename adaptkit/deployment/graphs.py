@@ -59,10 +59,12 @@ def chain(
 ) -> onnx.ModelProto:  # from images [N, C, H, W] to logits [N, K] and features [N, D]
     "A chain of convolutions as an ONNX graph."
     onnx, helper = require("onnx", "deploy"), require("onnx.helper", "deploy")
-    nodes, weights, given = [], {"head.weight": head[0], "head.bias": head[1], "axes": np.int64([2, 3])}, "images"
+    weights: dict[str, Any] = {"head.weight": head[0], "head.bias": head[1], "axes": np.asarray([2, 3], np.int64)}
+    nodes: list[Any] = []
+    given = "images"
     for i, block in enumerate(blocks):
-        made, held = nodes_of(block, i, given)
-        nodes, weights, given = [*nodes, *made], {**weights, **held}, f"act{i}"
+        made, own = nodes_of(block, i, given)
+        nodes, weights, given = [*nodes, *made], {**weights, **own}, f"act{i}"
     nodes.append(helper.make_node("ReduceMean", [given, "axes"], ["features"], name="pool", keepdims=0))
     nodes.append(helper.make_node("Gemm", ["features", "head.weight", "head.bias"], ["logits"], name="head", transB=1))
     shapes = {"images": ["N", blocks[0].weight.shape[1] * blocks[0].groups, "H", "W"]}
@@ -70,7 +72,7 @@ def chain(
     images, *outs = [helper.make_tensor_value_info(k, onnx.TensorProto.FLOAT, v) for k, v in shapes.items()]
     held = [onnx.numpy_helper.from_array(np.asarray(v, order="C"), k) for k, v in weights.items()]
     graph = helper.make_graph(nodes, "chain", [images], outs, held)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)  # type: ignore[no-any-return]
 
 # %% ../../nbs/7_deployment/15_graphs.ipynb #e464263e
 File: TypeAlias = "str | Path | onnx.ModelProto"
@@ -81,13 +83,13 @@ def read_graph(
 ) -> onnx.ModelProto:
     "The graph of a file; a graph comes back as it is."
     onnx = require("onnx", "deploy")
-    if isinstance(file, onnx.ModelProto):
+    if not isinstance(file, str | Path):
         return file
     check(Path(file).is_file(), f"There is no {file}: give an ONNX file.")
     try:
-        found: onnx.ModelProto = onnx.load(str(file))
+        found: Any = onnx.load(str(file))
         onnx.checker.check_model(found)
-        return found
+        return found  # type: ignore[no-any-return]
     except Exception as e:  # protobuf's own errors, and the checker's, have no common ancestor
         line = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise AdaptkitError(f"{file} is no ONNX file, or it is damaged ({line}): export the model again.") from e
@@ -103,7 +105,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     model: Any = str(file) if isinstance(file, str | Path) else file.SerializeToString()
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])  # type: ignore[no-any-return]
+    session: InferenceSession = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session
 
 
 def run(

@@ -38,7 +38,7 @@ class Grid:
     def stored(self, x: Reals) -> Numbers:
         "The nearest whole numbers (of two, the even one); what lies outside becomes the last one."
         q = np.rint(x / self.along(self.scale, x.ndim)) + self.along(self.zero, x.ndim)
-        return np.clip(q, self.low, self.high).astype(np.int32)
+        return np.asarray(np.clip(q, self.low, self.high), np.int32)
 
     def restored(self, q: Numbers) -> Reals:
         "What the whole numbers stand for."
@@ -59,7 +59,7 @@ def activation_grid(
     check(fine, f"A grid reaches from its low end to its high end; found {low} to {high}.")
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / 255 or 1.0
-    return Grid(np.float32([scale])[0], np.int32([round(-low / scale)])[0], 0, 255)
+    return Grid(np.asarray(scale, np.float32), np.asarray(round(-low / scale), np.int32), 0, 255)
 
 
 def weight_grid(

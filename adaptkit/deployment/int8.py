@@ -108,8 +108,8 @@ def write_int8(
         raise unknown("node", missing, names)
     outs = {o.name for o in model.graph.output}
     skip = [*recipe.skip, *(ly.name for ly in layers_of(model) if ly.made in outs and not recipe.last)]
-    ends = {n: tuple(np.float32(v)[()] for v in CALIBRATIONS[recipe.calibration](s)) for n, s in seen.items()}
-    ranges = {n: calibrate.TensorData(lowest=np.asarray(a), highest=np.asarray(b)) for n, (a, b) in ends.items()}
+    ends = {n: tuple(np.asarray(v, np.float32) for v in CALIBRATIONS[recipe.calibration](s)) for n, s in seen.items()}
+    ranges = {n: calibrate.TensorData(lowest=a, highest=b) for n, (a, b) in ends.items()}
     with tempfile.TemporaryDirectory() as folder, replacing(out) as part:
         cache = Path(folder) / "ranges.json"
         calibrate.save_tensors_data(calibrate.TensorsData(tool.CalibrationMethod.MinMax, ranges), cache)

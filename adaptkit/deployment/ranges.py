@@ -85,7 +85,7 @@ def observe(
     for tensors in flows(model, names, inputs=inputs):
         for name, x in tensors.items():
             counts[name] += counted(x.ravel()[:: max(1, x.size // most)], *span[name], BINS)
-    means = {n: np.float32(sum(e[3] for e in told) / sum(e[2] for e in told)) for n, told in ends.items()}
+    means = {n: np.asarray(sum(e[3] for e in told) / sum(e[2] for e in told), np.float32) for n, told in ends.items()}
     reach = {n: np.max([e[4] for e in told], axis=0) for n, told in ends.items()}
     return {n: Seen(*span[n], counts[n], means[n], reach[n]) for n in names}
 
