@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .core.registry import AdaptkitError
+from .deployment.commands import COMMANDS
 from .notebooks.commands import check_command, params_command, record_command, sweep_command
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from adaptkit.training.runs import Run
 
 # %% auto #0
-__all__ = ['app', 'main', 'adapt', 'adapted', 'explain', 'audit', 'distil', 'certify', 'run', 'summary', 'studio', 'doctor']
+__all__ = ['app', 'main', 'adapt', 'adapted', 'explain', 'audit', 'distil', 'run', 'summary', 'studio', 'doctor']
 
 # %% ../nbs/0_core/80_commands.ipynb #2646fdbc
 @click.group()
@@ -164,23 +165,6 @@ def distil(folder: Path, text: str | None, label: str | None, **how: Any) -> Non
     page = [f"report    {found.run.folder / 'lineage.html'}"] if found.report else []
     print("\n".join([*table, found.verdict, *page, f"model     {found.run.folder / 'model.safetensors'}"]))
 
-# %% ../nbs/0_core/80_commands.ipynb #9fd17a2a
-@app.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--data", default="", help="Where the data are, if the run was trained on a folder or a table.")
-@click.option("-n", default=200, type=click.IntRange(min=1), show_default=True, help="Samples, drawn by chance.")
-@click.option("--seed", default=0, show_default=True, help="Of the draw.")
-def certify(folder: Path, **how: Any) -> None:
-    "Ask the model of the run in FOLDER the same after each step on its way; leaves certificate.json in it."
-    from adaptkit.deployment.certificate import certify as certified
-
-    found = certified(folder, **how)
-    for step in found.steps:
-        told = f"{step.flipped} of {step.n} answers are others" + "".join(f"; {c}" for c in step.changed)
-        print(f"{step.name:18} {'passed' if step.passed else 'FAILED'}  {told}; {step.cost}")
-    print(f"certificate  {folder / 'certificate.json'}")
-    raise SystemExit(0 if found.passed else 1)
-
 # %% ../nbs/0_core/80_commands.ipynb #9fd81b59
 @app.command()
 @click.argument("page", type=click.Path(path_type=Path))
@@ -216,7 +200,7 @@ def summary(
     return "".join(streams).splitlines()
 
 # %% ../nbs/0_core/80_commands.ipynb #d41964eb
-for command in (params_command, check_command, record_command, sweep_command):
+for command in (*COMMANDS, params_command, check_command, record_command, sweep_command):
     app.add_command(command)
 
 # %% ../nbs/0_core/80_commands.ipynb #565dc485
