@@ -18,6 +18,7 @@ from torch import Tensor
 from .core.registry import check
 from .data.datasets import Data, Samples, Source
 from .data.images import Augment
+from .deployment.sessions import check_exporter as check_exporter
 from .distillation.losses import check_distillation_loss as check_distillation_loss
 from .evaluation.metrics import Predictions
 from .explanation.explain import check_explainer as check_explainer
