@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..core.registry import AdaptkitError, check
+from ..core.registry import check
 from .requests import Refusal
 
 # %% auto #0

@@ -10,7 +10,6 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from email.message import Message
 from io import BytesIO

@@ -140,6 +140,10 @@ class Served:
         "What the folder calls itself."
         return str(self.folder.manifest.get("name", self.folder.folder.name))
 
+    def about(self) -> dict[str, Any]:
+        "What an answer says about the model."
+        return {"name": self.name, "revision": self.folder.revision, "calibrated": self.folder.temperature is not None}
+
     def watch(self, rows: Rows, seconds: float) -> None:
         "Tell the meters and the monitor; called when the answer is on its way."
         if self.meters is not None:
@@ -175,8 +179,7 @@ class Served:
         "The answer to a request."
         rows = await self.say(asked)
         probabilities = softmax(rows.logits, self.folder.temperature)
-        told = {"name": self.name, "revision": self.folder.revision, "calibrated": self.folder.temperature is not None}
-        return {"model": told, "answers": answers(probabilities, self.folder.classes, top=top)}
+        return {"model": self.about(), "answers": answers(probabilities, self.folder.classes, top=top)}
 
     def close(self) -> None:
         "Answer those who are under way, then end."
