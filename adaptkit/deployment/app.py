@@ -24,7 +24,7 @@ from .metrics import Log, Meters, Watcher
 from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object
 from .schema import description
-from .served import Folder, Opener, Setup, Slot
+from .served import Folder, Opener, Served, Setup, Slot
 
 # %% auto #0
 __all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Service', 'make_service']
@@ -208,8 +208,8 @@ class Service:
         self.command(call)
         value = read_object(call.body, self.keeping.limits)
         name = value.get("folder")
-        fine = [*value] == ["folder"] and isinstance(name, str) and name not in ("", ".", "..")
-        demand(fine, "Name the folder, beside the one that is served: {\"folder\": \"...\"}.")
+        fine = [*value] == ["folder"] and isinstance(name, str) and name not in ("", ".", "..") and len(name) <= 200
+        demand(fine and "/" not in str(name), "Name the folder, beside the one that is served: {\"folder\": \"...\"}.")
         path = inside(self.slot.path.resolve().parent, str(name))
         return as_json({"model": (await asyncio.to_thread(self.slot.load, path)).about()})
 

@@ -10,6 +10,7 @@ import binascii
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from email.message import Message
 from io import BytesIO
@@ -217,19 +218,19 @@ def read_body(
     limits: Limits,
 ) -> Asked:
     "The inputs of a request, checked."
-    told = Message()
-    told["content-type"] = content_type or "none/none"
-    kind = told.get_content_type()
+    kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
         asked = from_json(body, limits)
     elif kind == "multipart/form-data":
+        told = Message()
+        told["content-type"] = content_type
         asked = from_form(body, str(told.get_param("boundary", "")), limits=limits)
     elif kind == "text/plain":
         asked = Asked("text", (plain(body),), False)
     elif kind.startswith("image/") or kind == "application/octet-stream":
         asked = Asked("image", (body,), False)
     else:
-        raise Refusal(415, f"The content type {kind[:60]!r} can't be read: send one of {', '.join(TYPES)}.")
+        raise Refusal(415, f"The content type {kind[:60]!r} isn't taken here: send one of {', '.join(TYPES)}.")
     check_items(asked, limits)
     return asked
 
