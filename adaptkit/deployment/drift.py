@@ -16,7 +16,7 @@ from .two_samples import DRIFT_TESTS, DriftTest, Members, Pool, median_distance
 from ..evaluation.metrics import Floats
 
 # %% auto #0
-__all__ = ['dealt', 'upper_shares', 'together', 'Judged', 'check_level', 'tests_named', 'judge', 'planted_pool',
+__all__ = ['dealt', 'upper_shares', 'together', 'Judged', 'check_level', 'drift_tests', 'judge', 'planted_pool',
            'check_drift_test']
 
 # %% ../../nbs/7_deployment/31_drift.ipynb #569e9f32
@@ -92,7 +92,7 @@ def check_level(
     check(permutations >= needed, told)
 
 
-def tests_named(
+def drift_tests(
     names: Sequence[str | DriftTest],  # in DRIFT_TESTS, or tests themselves; empty: all of them
 ) -> tuple[DriftTest, ...]:
     "Drift tests by their names."

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.registry import check
-from .drift import check_level, judge, tests_named
+from .drift import check_level, drift_tests, judge
 from .quality import outside, shares_outside
 from .reference import Reference, quantiles, softmax
 from .store import Kept, StoreError, Window, WindowStore, open_store
@@ -199,7 +199,7 @@ class Monitor:
         self.reference, self.window, self.level, self.keep = reference, window, level, keep
         self.permutations = permutations or int(np.ceil(5 / level)) - 1
         check_level(level, self.permutations)
-        self.tests, self.seed, self.clock, self.on_alarm = tests_named(tests), seed, clock, on_alarm
+        self.tests, self.seed, self.clock, self.on_alarm = drift_tests(tests), seed, clock, on_alarm
         self.about = {"model": model, "revision": revision, "worker": worker}
         self.keeper, self.recent = Keeper(open_store(store)), deque[Window](maxlen=500)
         self.totals = dict.fromkeys(TOTALS, 0.0)

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.progress import progress
 from ..core.registry import check
 from .asking import Asked
-from .drift import judge, tests_named
+from .drift import drift_tests, judge
 from .quality import outside
 from .reference import Reference, softmax
 from .two_samples import DriftTest
@@ -182,7 +182,7 @@ def power_curve(
         repeats >= 10 and 0 < power < 1, f"repeats = {repeats} and power = {power}: at least 10, and between 0 and 1."
     )
     how: dict[str, Any] = {
-        "tests": tests_named(tests),
+        "tests": drift_tests(tests),
         "level": level,
         "permutations": permutations,
         "repeats": repeats,
