@@ -14,11 +14,12 @@ import numpy.typing as npt
 from ..core.registry import check
 
 # %% auto #0
-__all__ = ['Numbers', 'Reals', 'Grid', 'activation_grid', 'weight_grid', 'decibels', 'paired_product']
+__all__ = ['Numbers', 'Reals', 'TINY', 'Grid', 'activation_grid', 'weight_grid', 'decibels', 'paired_product']
 
 # %% ../../nbs/7_deployment/14_grids.ipynb #3f6574f9
 Numbers: TypeAlias = npt.NDArray[np.int32]
 Reals: TypeAlias = npt.NDArray[np.float32]
+TINY = float(np.finfo(np.float32).tiny)  # a scale below it is taken for 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,8 @@ def activation_grid(
     fine = bool(np.isfinite([low, high]).all()) and low <= high
     check(fine, f"A grid reaches from its low end to its high end; found {low} to {high}.")
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
+    scale = (high - low) / 255
+    scale = scale if scale >= TINY else 1.0
     return Grid(np.asarray(scale, np.float32), np.asarray(round(-low / scale), np.int32), 0, 255)
 
 
@@ -73,7 +75,7 @@ def weight_grid(
     check(bool(np.isfinite(w).all()), "Weights have to be finite; found NaN or infinity among them.")
     others = None if axis is None else tuple(d for d in range(w.ndim) if d != axis)
     largest = np.asarray(abs(w).max(axis=others), np.float32)
-    scale = np.where(largest > 0, largest / limit, 1.0).astype(np.float32)
+    scale = np.where(largest / limit >= TINY, largest / limit, 1.0).astype(np.float32)
     return Grid(scale, np.zeros_like(scale, np.int32), -limit, limit, axis)
 
 # %% ../../nbs/7_deployment/14_grids.ipynb #0b495232
