@@ -24,7 +24,7 @@ from .metrics import Log, Meters, Watcher
 from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object
 from .schema import description
-from .served import Folder, Opener, Served, Setup, Slot
+from .served import Folder, Opener, Setup, Slot
 
 # %% auto #0
 __all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Service', 'make_service']
@@ -43,7 +43,9 @@ def painted(
     strength = np.clip(np.abs(heat) / top, 0, 1)[..., None]
     colour = np.where(heat[..., None] >= 0, np.array((1.0, 0.55, 0.0)), np.array((0.1, 0.45, 1.0)))
     grey = image.mean(0)[..., None] * 0.85
-    made = Image.fromarray((255 * (grey * (1 - 0.7 * strength) + colour * 0.7 * strength)).clip(0, 255).astype(np.uint8))
+    made = Image.fromarray(
+        (255 * (grey * (1 - 0.7 * strength) + colour * 0.7 * strength)).clip(0, 255).astype(np.uint8)
+    )
     grow = max(1, -(-side // max(made.size)))
     out = BytesIO()
     made.resize((made.width * grow, made.height * grow), Image.Resampling.BICUBIC).save(out, "PNG")
@@ -75,7 +77,9 @@ class Explaining:
 
     async def ask(self, folder: ModelFolder, item: bytes | str, target: str | None) -> Any:
         "What `why` finds, when it is its turn."
-        demand(self.waiting <= self.most, "Others wait for explanations already: ask again in a few seconds.", status=429)
+        demand(
+            self.waiting <= self.most, "Others wait for explanations already: ask again in a few seconds.", status=429
+        )
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, self.work, folder, item, target)
@@ -104,7 +108,11 @@ def explanation(
     words = hasattr(found, "words")
     if picture and not words:
         return Reply(painted(found.images[0].float().cpu().numpy(), found.map[0].float().cpu().numpy()), "image/png")
-    told: dict[str, Any] = {"model": model, "class": found.names[0], "probability": round(float(found.probability[0]), 6)}
+    told: dict[str, Any] = {
+        "model": model,
+        "class": found.names[0],
+        "probability": round(float(found.probability[0]), 6),
+    }
     told |= {"method": found.method, "warnings": list(found.warnings)}
     if words:
         pairs = zip(found.words[0], found.values[0].tolist(), strict=True)
@@ -168,7 +176,9 @@ class Service:
         only(call, "target")
         served, asked = self.slot.current, await self.parsed(call)
         folder, target = served.folder, call.query.get("target")
-        demand(self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409)
+        demand(
+            self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409
+        )
         demand(asked.kind == folder.kind, f"This model takes {folder.kind}s, and {asked.kind}s were sent.", status=415)
         demand(len(asked.items) == 1, f"One {asked.kind} is explained at a time: {len(asked.items)} were sent.")
         if target is not None and target not in folder.classes:
@@ -180,7 +190,9 @@ class Service:
         "The process lives."
         served = self.slot.current
         state = "ending" if self.keeping.draining else "ready"
-        return as_json({"status": state, "model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]})
+        return as_json(
+            {"status": state, "model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]}
+        )
 
     async def ready(self, call: Call) -> Reply:
         "Whether requests should be sent here."
@@ -209,7 +221,7 @@ class Service:
         value = read_object(call.body, self.keeping.limits)
         name = value.get("folder")
         fine = [*value] == ["folder"] and isinstance(name, str) and name not in ("", ".", "..") and len(name) <= 200
-        demand(fine and "/" not in str(name), "Name the folder, beside the one that is served: {\"folder\": \"...\"}.")
+        demand(fine and "/" not in str(name), 'Name the folder, beside the one that is served: {"folder": "..."}.')
         path = inside(self.slot.path.resolve().parent, str(name))
         return as_json({"model": (await asyncio.to_thread(self.slot.load, path)).about()})
 
@@ -220,13 +232,24 @@ class Service:
 
     def command(self, call: Call) -> None:
         "Refuse commands where everybody may ask."
-        demand(bool(self.keeping.token), "Commands are off, since this server has no token: start it with one.", status=409)
+        demand(
+            bool(self.keeping.token), "Commands are off, since this server has no token: start it with one.", status=409
+        )
 
     def routes(self) -> dict[str, dict[str, Route]]:
         "All addresses."
-        given = {"/": self.page, "/health": self.health, "/ready": self.ready, "/metrics": self.metrics, "/openapi.json": self.openapi}
+        given = {
+            "/": self.page,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/metrics": self.metrics,
+            "/openapi.json": self.openapi,
+        }
         sent = {"/predict": self.predict, "/explain": self.explain, "/reload": self.reload, "/rollback": self.rollback}
-        return {**{path: {"GET": act} for path, act in given.items()}, **{path: {"POST": act} for path, act in sent.items()}}
+        return {
+            **{path: {"GET": act} for path, act in given.items()},
+            **{path: {"POST": act} for path, act in sent.items()},
+        }
 
 # %% ../../nbs/7_deployment/27_app.ipynb #990e7946
 def make_service(
@@ -240,6 +263,8 @@ def make_service(
 ) -> Service:
     "Everything that a server needs, without a server."
     setup, log, slots = setup or Setup(), log or Log(), list[Slot]()
-    meters = Meters(lambda: slots[0].current.watcher if slots else None, lambda: slots[0].current.batcher.rows if slots else 0)
+    meters = Meters(
+        lambda: slots[0].current.watcher if slots else None, lambda: slots[0].current.batcher.rows if slots else 0
+    )
     slots.append(Slot(Path(path), opener, setup=setup, meters=meters, monitor=monitor, log=log))
     return Service(slots[0], Gatekeeping(setup.limits, meters, log, token=token))

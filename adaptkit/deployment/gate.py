@@ -45,9 +45,15 @@ def check_token(
 ) -> None:
     "Refuse an open door that nobody has meant, and a token that can be guessed."
     where = f"host={host!r} can be reached from other machines"
-    check(token is not None or is_local(host), f"{where}: give a token of {LEAST} or more characters, or token='' if everybody may ask.")
+    check(
+        token is not None or is_local(host),
+        f"{where}: give a token of {LEAST} or more characters, or token='' if everybody may ask.",
+    )
     fine = not token or (len(token) >= LEAST and token.isascii() and token.isprintable() and " " not in token)
-    check(fine, f"The token must have {LEAST} or more letters, digits or signs of ASCII, without blanks: `python -c 'import secrets; print(secrets.token_urlsafe())'` makes one.")
+    check(
+        fine,
+        f"The token must have {LEAST} or more letters, digits or signs of ASCII, without blanks: `python -c 'import secrets; print(secrets.token_urlsafe())'` makes one.",
+    )
 
 
 def may_enter(
@@ -171,7 +177,9 @@ async def read_all(
                 if not over:
                     pieces.append(message.get("body", b""))
     except TimeoutError:
-        raise Refusal(408, f"The request took longer than {limits.patience:g} seconds to arrive: send it faster, or less.") from None
+        raise Refusal(
+            408, f"The request took longer than {limits.patience:g} seconds to arrive: send it faster, or less."
+        ) from None
     if over:
         raise Refusal(413, large)
     return b"".join(pieces)
@@ -212,7 +220,12 @@ def refusal(
 ) -> Reply:
     "An error as a sentence."
     if not isinstance(error, AdaptkitError):
-        return as_json({"error": "Something went wrong here, not with your request: ask again, or tell us the number of the request."}, 500)
+        return as_json(
+            {
+                "error": "Something went wrong here, not with your request: ask again, or tell us the number of the request."
+            },
+            500,
+        )
     status = error.status if isinstance(error, Refusal) else 422
     more = {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])} if status == 405 else {}
     more |= {"WWW_Authenticate": "Bearer"} if status == 401 else {}
@@ -250,13 +263,17 @@ class Gate:
         try:
             self.admit(scope, headers)
             route = found(self.routes, scope["path"], scope["method"])
-            body = await read_all(receive, self.keeping.limits, declared=int(declared) if declared.isdecimal() else None)
+            body = await read_all(
+                receive, self.keeping.limits, declared=int(declared) if declared.isdecimal() else None
+            )
             size = len(body)
             query = read_query(scope["query_string"])
             return await route(Call(scope["method"], scope["path"], query, headers, body)), size
         except Exception as e:  # becomes a sentence, or a 500 that is logged
             if not isinstance(e, AdaptkitError):
-                self.keeping.log.write("error", kind=type(e).__name__, route=scope["path"] if scope["path"] in self.routes else "other")
+                self.keeping.log.write(
+                    "error", kind=type(e).__name__, route=scope["path"] if scope["path"] in self.routes else "other"
+                )
             return refusal(e, self.routes.get(scope["path"], {})), size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -265,7 +282,12 @@ class Gate:
             return
         began, number, keeping = time.perf_counter(), secrets.token_hex(8), self.keeping
         reply, size = await self.reply(scope, receive)
-        told = {**reply.headers, "Content-Type": reply.kind, "Content-Length": str(len(reply.body)), "X-Request-Id": number}
+        told = {
+            **reply.headers,
+            "Content-Type": reply.kind,
+            "Content-Length": str(len(reply.body)),
+            "X-Request-Id": number,
+        }
         told |= {"Connection": "close"} if keeping.draining or reply.status in (408, 413) else {}
         listed = [*HEADERS, *((k.replace("_", "-").lower().encode(), v.encode()) for k, v in told.items())]
         await send({"type": "http.response.start", "status": reply.status, "headers": listed})

@@ -59,7 +59,9 @@ class Drift:
         "Called by the registry."
         from prometheus_client.core import GaugeMetricFamily
 
-        gauge = GaugeMetricFamily("adaptkit_drift", "What the monitor says about the latest window", labels=["statistic"])
+        gauge = GaugeMetricFamily(
+            "adaptkit_drift", "What the monitor says about the latest window", labels=["statistic"]
+        )
         watcher = self.watcher()
         for name, value in flat(watcher.state()) if watcher else ():
             gauge.add_metric([name], value)
@@ -78,10 +80,18 @@ class Meters:
         self.registry = client.CollectorRegistry()
         here = {"registry": self.registry}
         self.requests = client.Counter("adaptkit_requests", "Requests that were answered", ["route", "status"], **here)
-        self.seconds = client.Histogram("adaptkit_request_seconds", "From the first byte of a request to the last of its answer", ["route"], buckets=SECONDS, **here)
+        self.seconds = client.Histogram(
+            "adaptkit_request_seconds",
+            "From the first byte of a request to the last of its answer",
+            ["route"],
+            buckets=SECONDS,
+            **here,
+        )
         self.batch = client.Histogram("adaptkit_batch_rows", "Inputs in a call of the model", buckets=SIZES, **here)
         self.model = client.Histogram("adaptkit_model_seconds", "A call of the model", buckets=SECONDS, **here)
-        self.sure = client.Histogram("adaptkit_confidence", "Probability of the class that was said", buckets=SURE, **here)
+        self.sure = client.Histogram(
+            "adaptkit_confidence", "Probability of the class that was said", buckets=SURE, **here
+        )
         self.classes = client.Counter("adaptkit_answers", "Answers by class", ["class"], **here)
         self.reloads = client.Counter("adaptkit_reloads", "Changes of the model", ["outcome"], **here)
         self.failures = client.Counter("adaptkit_monitor_failures", "Times the monitor could not be told", **here)
@@ -149,4 +159,6 @@ class Log:
         size: int,  # bytes that were sent
     ) -> None:
         "Write what may be known about a request."
-        self.write("request", id=number, route=route, method=method, status=status, ms=round(1000 * seconds, 2), bytes=size)
+        self.write(
+            "request", id=number, route=route, method=method, status=status, ms=round(1000 * seconds, 2), bytes=size
+        )

@@ -147,7 +147,14 @@ def demo_page(
     from markupsafe import Markup
 
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-    told = {"title": name, "intro": f"Sorts {kind}s into: {shown}.", "kind": kind, "explains": explains, "token": token, "longest": longest}
+    told = {
+        "title": name,
+        "intro": f"Sorts {kind}s into: {shown}.",
+        "kind": kind,
+        "explains": explains,
+        "token": token,
+        "longest": longest,
+    }
     return filled(MARKUP, {**told, "style": Markup(LOOK), "script": Markup(SCRIPT)})
 
 

@@ -10,7 +10,6 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from email.message import Message
 from io import BytesIO
@@ -108,7 +107,10 @@ def read_object(
         raise Refusal(400, f"The body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.") from e
     except ValueError as e:  # NaN, or a whole number of thousands of digits
         raise Refusal(400, f"The JSON holds something that can't be read: {str(e)[:60]}.") from e
-    demand(isinstance(value, dict), f"The JSON is a {type(value).__name__}: it must be an object such as {{\"text\": \"...\"}}.")
+    demand(
+        isinstance(value, dict),
+        f'The JSON is a {type(value).__name__}: it must be an object such as {{"text": "..."}}.',
+    )
     return dict(value)
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #625a7191
@@ -132,7 +134,9 @@ def from_base64(
     try:
         return base64.b64decode(bare, validate=True)
     except (binascii.Error, ValueError) as e:
-        raise Refusal(400, "An image in JSON must be base64, and this is not: send the file itself, or encode it.") from e
+        raise Refusal(
+            400, "An image in JSON must be base64, and this is not: send the file itself, or encode it."
+        ) from e
 
 
 def from_json(
@@ -149,7 +153,10 @@ def from_json(
     kind, many = FIELDS[name]
     demand(isinstance(found, list) == many, f"{name!r} must be {'a list of strings' if many else 'a string'}.")
     texts = found if many else [found]
-    demand(all(isinstance(t, str) for t in texts), f"{name!r} must hold strings: found {sorted({type(t).__name__ for t in texts})}.")
+    demand(
+        all(isinstance(t, str) for t in texts),
+        f"{name!r} must hold strings: found {sorted({type(t).__name__ for t in texts})}.",
+    )
     return Asked(kind, tuple(map(from_base64, texts)) if kind == "image" else tuple(texts), many)
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #65611f42
@@ -175,7 +182,9 @@ def parts_of(
     "The parts of a form."
     mark = b"\r\n--" + boundary.encode("latin-1", "replace")
     _, *found = (b"\r\n" + body).split(mark, most + 2)
-    demand(bool(boundary) and bool(found), "The form has no parts, or others than its content type says: send it again.")
+    demand(
+        bool(boundary) and bool(found), "The form has no parts, or others than its content type says: send it again."
+    )
     demand(len(found) <= most + 1, f"The form has more than {most} parts: send fewer at a time.", status=413)
     demand(found[-1].startswith(b"--"), "The form has no end: it arrived only in part, send it again.")
     split = [part.partition(b"\r\n\r\n") for part in found[:-1]]
@@ -194,7 +203,10 @@ def from_form(
     names = {name for name, _ in parts}
     for name in sorted(names - {"image", "text"}):
         raise Refusal(400, str(unknown("part of the form", name[:40], ("image", "text"))))
-    demand(len(names) == 1, "The form has both images and texts, or nothing: send parts called image, or parts called text.")
+    demand(
+        len(names) == 1,
+        "The form has both images and texts, or nothing: send parts called image, or parts called text.",
+    )
     items = [content if name == "image" else plain(content) for name, content in parts]
     return Asked(names.pop(), tuple(items), len(items) > 1)
 
@@ -242,7 +254,11 @@ def check_items(
     "Refuse too many, too long, too large."
     n = len(asked.items)
     demand(n > 0, f"There is no {asked.kind} in the request: send one or more.")
-    demand(n <= limits.items, f"There are {n} {asked.kind}s in the request: at most {limits.items} are allowed.", status=413)
+    demand(
+        n <= limits.items,
+        f"There are {n} {asked.kind}s in the request: at most {limits.items} are allowed.",
+        status=413,
+    )
     for i, item in enumerate(asked.items):
         name = f"The {asked.kind}" if n == 1 else f"{asked.kind.capitalize()} {i + 1} of {n}"
         if isinstance(item, str):
@@ -259,7 +275,11 @@ def check_text(
 ) -> None:
     "Refuse a text that is empty, too long, or no text."
     demand(bool(text.strip()), f"{name} is empty: send at least one word.")
-    demand(len(text) <= limits.characters, f"{name} has {len(text)} characters: at most {limits.characters} are allowed.", status=413)
+    demand(
+        len(text) <= limits.characters,
+        f"{name} has {len(text)} characters: at most {limits.characters} are allowed.",
+        status=413,
+    )
     whole = "\x00" not in text and not any(0xD800 <= ord(c) < 0xE000 for c in text)
     demand(whole, f"{name} has characters that belong to no writing (NUL, or half a pair): take them out.")
 
@@ -278,5 +298,7 @@ def check_image(
     except Exception as e:  # damaged files raise nearly everything
         raise Refusal(422, f"{name} can't be read: {reason(e)}.") from e
     found = f"{name} is {width} x {height} pixels"
-    demand(width * height <= limits.pixels, f"{found}: at most {limits.pixels / 1e6:g} megapixels are allowed.", status=413)
+    demand(
+        width * height <= limits.pixels, f"{found}: at most {limits.pixels / 1e6:g} megapixels are allowed.", status=413
+    )
     demand(min(width, height) >= LEAST_SIDE, f"{found}: each side needs at least {LEAST_SIDE}.", status=422)

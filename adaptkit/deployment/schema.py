@@ -37,13 +37,27 @@ def answer_schemas() -> dict[str, Schema]:
     model = an_object({"name": text, "revision": text, "calibrated": {"type": "boolean"}})
     numbers: Schema = {"type": "array", "items": {"type": "number"}}
     words = {"type": "array", "items": an_object({"word": text, "value": {"type": "number"}})}
-    grid = {"type": "array", "items": numbers, "description": "Rows of the map; above 0 speaks for the class, below 0 against it."}
+    grid = {
+        "type": "array",
+        "items": numbers,
+        "description": "Rows of the map; above 0 speaks for the class, below 0 against it.",
+    }
     about = {"class": text, "probability": share, "method": text, "warnings": {"type": "array", "items": text}}
     return {
-        "Error": an_object({"error": {"type": "string", "description": "One sentence: what is wrong, and what to do."}}),
+        "Error": an_object(
+            {"error": {"type": "string", "description": "One sentence: what is wrong, and what to do."}}
+        ),
         "Answers": an_object({"model": model, "answers": {"type": "array", "items": each}}),
         "Explanation": an_object({"model": model, **about, "map": grid, "words": words}, optional=("map", "words")),
-        "State": an_object({"status": {"enum": ["ready", "ending"]}, "model": model, "kind": text, "classes": {"type": "array", "items": text}}, optional=("model", "kind", "classes")),
+        "State": an_object(
+            {
+                "status": {"enum": ["ready", "ending"]},
+                "model": model,
+                "kind": text,
+                "classes": {"type": "array", "items": text},
+            },
+            optional=("model", "kind", "classes"),
+        ),
     }
 
 # %% ../../nbs/7_deployment/25_schema.ipynb #4d06a0b3
@@ -54,17 +68,30 @@ def body_of(
 ) -> Schema:
     "What a request may hold."
     texts: Schema = {"type": "string", "minLength": 1, "maxLength": limits.characters}
-    base64: Schema = {"type": "string", "contentEncoding": "base64", "description": "An image file, with or without data:image/png;base64, in front."}
+    base64: Schema = {
+        "type": "string",
+        "contentEncoding": "base64",
+        "description": "An image file, with or without data:image/png;base64, in front.",
+    }
     one = base64 if kind == "image" else texts
     alone, several = (name for name, (k, _) in FIELDS.items() if k == kind)
     many: Schema = {"type": "array", "items": one, "minItems": 1, "maxItems": limits.items}
     file: Schema = {"type": "string", "format": "binary"}
-    part: Schema = {"type": "array", "items": file if kind == "image" else texts, "minItems": 1, "maxItems": limits.items}
+    part: Schema = {
+        "type": "array",
+        "items": file if kind == "image" else texts,
+        "minItems": 1,
+        "maxItems": limits.items,
+    }
     content: dict[str, Schema] = {
         "application/json": {"schema": {"oneOf": [an_object({alone: one}), an_object({several: many})]}},
         "multipart/form-data": {"schema": an_object({kind: part})},
     }
-    raw = {"image/png": file, "image/jpeg": file, "application/octet-stream": file} if kind == "image" else {"text/plain": texts}
+    raw = (
+        {"image/png": file, "image/jpeg": file, "application/octet-stream": file}
+        if kind == "image"
+        else {"text/plain": texts}
+    )
     content |= {name: {"schema": schema} for name, schema in raw.items()}
     return {"required": True, "content": content}
 
@@ -75,7 +102,9 @@ def a_reply(
     **others: Schema,  # other content types, with _ instead of /
 ) -> Schema:
     "A kind of reply."
-    content: dict[str, Schema] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}} if schema else {}
+    content: dict[str, Schema] = (
+        {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}} if schema else {}
+    )
     content |= {name.replace("_", "/", 1): {"schema": s} for name, s in others.items()}
     return {"description": what, "content": content} if content else {"description": what}
 
@@ -116,15 +145,55 @@ def operations(
     top = parameter("top", {"type": "integer", "minimum": 1, "maximum": 1000}, "How many classes are listed.")
     asked = body_of(limits, kind=kind)
     paths: dict[str, Schema] = {
-        "/predict": {"post": {"operationId": "predict", "summary": "Which class is it?", "parameters": [top], "requestBody": asked, "responses": {"200": a_reply("An answer for each input.", "Answers"), **refused}}},
-        "/health": {"get": {"operationId": "health", "summary": "Is the process alive?", "responses": {"200": a_reply("It is.", "State"), **refused}}},
-        "/ready": {"get": {"operationId": "ready", "summary": "Should requests be sent here?", "responses": {"200": a_reply("They should.", "State"), "503": a_reply("The server is about to end.", "State"), **refused}}},
-        "/metrics": {"get": {"operationId": "metrics", "summary": "Numbers for Prometheus.", "responses": {"200": a_reply("Text.", text_plain=text), **refused}}},
+        "/predict": {
+            "post": {
+                "operationId": "predict",
+                "summary": "Which class is it?",
+                "parameters": [top],
+                "requestBody": asked,
+                "responses": {"200": a_reply("An answer for each input.", "Answers"), **refused},
+            }
+        },
+        "/health": {
+            "get": {
+                "operationId": "health",
+                "summary": "Is the process alive?",
+                "responses": {"200": a_reply("It is.", "State"), **refused},
+            }
+        },
+        "/ready": {
+            "get": {
+                "operationId": "ready",
+                "summary": "Should requests be sent here?",
+                "responses": {
+                    "200": a_reply("They should.", "State"),
+                    "503": a_reply("The server is about to end.", "State"),
+                    **refused,
+                },
+            }
+        },
+        "/metrics": {
+            "get": {
+                "operationId": "metrics",
+                "summary": "Numbers for Prometheus.",
+                "responses": {"200": a_reply("Text.", text_plain=text), **refused},
+            }
+        },
     }
     if explains:
-        what = [parameter("target", {"enum": [*classes]}, "The class that is asked about; missing: the one that is said.")]
+        what = [
+            parameter("target", {"enum": [*classes]}, "The class that is asked about; missing: the one that is said.")
+        ]
         good = a_reply("A map or words.", "Explanation", **({"image_png": picture} if kind == "image" else {}))
-        paths["/explain"] = {"post": {"operationId": "explain", "summary": "What speaks for it?", "parameters": what, "requestBody": asked, "responses": {"200": good, **refused}}}
+        paths["/explain"] = {
+            "post": {
+                "operationId": "explain",
+                "summary": "What speaks for it?",
+                "parameters": what,
+                "requestBody": asked,
+                "responses": {"200": good, **refused},
+            }
+        }
     return paths
 
 
@@ -144,5 +213,9 @@ def description(
             operation["security"] = [{"token": []}] if token and path not in open_paths else []
     parts: Schema = {"schemas": answer_schemas()}
     parts |= {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if token else {}
-    about = {"title": "adaptkit model server", "version": __version__, "description": f"Sorts {kind}s into {len(classes)} classes."}
+    about = {
+        "title": "adaptkit model server",
+        "version": __version__,
+        "description": f"Sorts {kind}s into {len(classes)} classes.",
+    }
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}

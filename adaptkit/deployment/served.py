@@ -111,7 +111,10 @@ def try_out(
     "Let a model answer once before anybody asks it."
     said = session(folder.read([sample(folder.kind)] * 2))
     shape, wanted = np.shape(said.logits), (2, len(folder.classes))
-    check(shape == wanted, f"The model in {folder.folder} answers two inputs with {shape} numbers: {wanted} were expected.")
+    check(
+        shape == wanted,
+        f"The model in {folder.folder} answers two inputs with {shape} numbers: {wanted} were expected.",
+    )
     fine = bool(np.isfinite(said.logits).all())
     check(fine, f"The model in {folder.folder} answers with numbers that are not finite: export it again.")
 

@@ -166,11 +166,19 @@ def running(
     port: int = 0,  # 0: any that is free
 ) -> Iterator[Running]:
     "A server in a process of its own, until the block ends."
-    how = {"folder": str(Path(folder).resolve()), "port": port, "token": token, "drain": drain, "setup": asdict(setup or Setup())}
+    how = {
+        "folder": str(Path(folder).resolve()),
+        "port": port,
+        "token": token,
+        "drain": drain,
+        "setup": asdict(setup or Setup()),
+    }
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log.jsonl"
         with log.open("w") as out:
-            process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=out, stderr=out, text=True)
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=out, stderr=out, text=True
+            )
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(how))
