@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.files import replacing
-from ..core.registry import check, require, unknown
+from ..core.registry import require, unknown
 from .equalise import bias_corrected, equalised
 from .graphs import File, layers_of, open_session, read_graph, run, unshared
 from .ranges import CALIBRATIONS, Seen, observe
