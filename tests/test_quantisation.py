@@ -197,7 +197,7 @@ def test_rescaling_says_the_same_and_equalising_undoes_it(seed: int) -> None:
     assert [p[0].name for p in pairs] == ["conv0", "conv1", "conv2", "conv3"]
     factors = {p[0].name: np.exp(rng.uniform(-3, 3, len(weights_of(model)[p[0].weight]))) for p in pairs}
     planted = rescaled(model, factors)
-    seen = observe(planted, [p[1].given for p in pairs], inputs=BATCHES)
+    seen = observe(planted, [n for p in pairs for n in (p[0].made, p[1].given)], inputs=BATCHES)
     for mended_one in (planted, equalised(planted), equalised(planted, seen)):
         assert same(model, mended_one, 1e-3)
     held = [weights_of(equalised(m)) for m in (model, planted)]
@@ -207,7 +207,7 @@ def test_rescaling_says_the_same_and_equalising_undoes_it(seed: int) -> None:
 
 def test_a_ceiling_is_kept() -> None:
     low = chain([replace(b, most=1.0) for b in BLOCKS], HEAD)
-    seen = observe(low, [p[1].given for p in pairs_of(low)], inputs=BATCHES)
+    seen = observe(low, [n for p in pairs_of(low) for n in (p[0].made, p[1].given)], inputs=BATCHES)
     assert any((s.reach >= 1).any() for s in seen.values()) and any((s.reach < 1).any() for s in seen.values())
     assert equalised(low) == low and equalised(low, seen) != low and same(low, equalised(low, seen), 1e-4)
 

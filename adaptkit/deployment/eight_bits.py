@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,7 +55,9 @@ def write_images(
     watched = list(feeds(samples, model, batch_size=4, rows=some_rows(samples, how.calibrate, seed=how.seed).tolist()))
     rows = some_rows(samples, how.ask, seed=how.seed)
     asked = list(feeds(samples, model, batch_size=8, rows=rows.tolist()))
-    ready, seen = mended(prepared(graph), how.recipe, inputs=watched)
+    ready, seen = mended(
+        prepared(graph), replace(how.recipe, correct=False), inputs=watched
+    )  # corrected when it is written
     trials = write_mixed(
         ready, seen, path, inputs=asked, labels=samples.labels[rows], recipe=how.recipe, allowed=how.most
     )

@@ -94,26 +94,27 @@ def scale(
 def balance(
     pair: tuple[Layer, Layer, float],  # first, second, ceiling
     held: Mapping[str, npt.NDArray[Any]],  # weights by name
-    seen: Seen | None = None,  # of what the second layer reads; None: by weights alone
+    seen: Mapping[str, Seen] | None = None,  # of what the first makes and the second reads; None: by weights alone
 ) -> npt.NDArray[np.float64]:  # [C]
     "How much louder each channel between two layers should be."
     first, second, ceiling = pair
     read = by_input(held[second.weight], second)
     assert read is not None
     one, two = (abs(w).reshape(len(w), -1).max(1).astype(np.float64) for w in (held[first.weight], read))
-    one = one if seen is None else seen.reach.astype(np.float64)
+    one = one if seen is None else seen[first.made].reach.astype(np.float64)
     there = (one > 1e-9 * one.max()) & (two > 0)
     one, two = np.where(there, one, 1), np.where(there, two, 1)
     f = 1 / one if seen is not None and second.groups > 1 else np.sqrt(two / one)
     f = np.where(there, f * (one[there].max() / (one * f)[there].max() if there.any() and seen is not None else 1), 1)
     if seen is None or not np.isfinite(ceiling):
         return f
-    return np.where(seen.reach >= ceiling * (1 - 1e-6), 1.0, np.minimum(f, ceiling / np.maximum(seen.reach, 1e-9)))
+    reach = seen[second.given].reach.astype(np.float64)
+    return np.where(reach >= ceiling * (1 - 1e-6), 1.0, np.minimum(f, ceiling / np.maximum(reach, 1e-9)))
 
 
 def equalised(
     model: onnx.ModelProto,  # left as it is
-    seen: Mapping[str, Seen] | None = None,  # of what each layer reads, by tensor; None: by weights alone
+    seen: Mapping[str, Seen] | None = None,  # of what each layer reads and makes, by tensor; None: by weights alone
     *,
     rounds: int = 20,  # over all pairs; more than one only by weights
 ) -> onnx.ModelProto:  # says the same
@@ -124,7 +125,7 @@ def equalised(
         for pair in pairs_of(model):
             if seen is None and np.isfinite(pair[2]):
                 continue  # whether the ceiling is touched isn't known
-            f = balance(pair, held, None if seen is None else seen[pair[1].given])
+            f = balance(pair, held, seen)
             moved = max(moved, float(abs(np.log(f)).max()))
             scale(held, pair, f)
         if moved < 1e-3:

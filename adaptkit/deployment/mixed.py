@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.registry import check, require
 from ..data.datasets import Rows
+from .equalise import bias_corrected
 from .graphs import layers_of, read_names, weights_of, with_weights
 from .grids import Grid, activation_grid, decibels, weight_grid
 from .int8 import KINDS, Recipe, flowing, logits_of, write_int8
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['with_flows', 'rounded_flows', 'Sensitivity', 'sensitivity', 'sparing', 'Trial', 'lost', 'write_mixed']
+__all__ = ['with_flows', 'rounded_flows', 'Sensitivity', 'sensitivity', 'sparing', 'Trial', 'lost', 'corrected', 'write_mixed']
 
 # %% ../../nbs/7_deployment/19_mixed.ipynb #71618f7b
 def with_flows(
@@ -144,9 +145,22 @@ def lost(
     "How much accuracy a file has lost."
     return accuracy - float((logits_of(file, inputs).argmax(1) == labels).mean())
 
-# %% ../../nbs/7_deployment/19_mixed.ipynb #a0f074ef
+# %% ../../nbs/7_deployment/19_mixed.ipynb #70cec8ce
+def corrected(
+    model: onnx.ModelProto,  # left as it is
+    seen: Mapping[str, Seen],  # what flows in it
+    *,
+    recipe: Recipe,
+) -> onnx.ModelProto:
+    "With biases corrected where weights will be rounded, if the recipe says so."
+    if not recipe.correct:
+        return model
+    axis, skip = (0 if recipe.by_channel else None), frozenset(recipe.skip)
+    return bias_corrected(model, seen, axis=axis, limit=recipe.limit, skip=skip)
+
+
 def write_mixed(
-    model: onnx.ModelProto,  # prepared and mended
+    model: onnx.ModelProto,  # prepared and equalised, its biases as they were: it is what floating point says
     seen: Mapping[str, Seen],  # what flows in it
     out: str | Path,  # the file to write
     *,
@@ -164,7 +178,8 @@ def write_mixed(
 
     def attempt(spared: int) -> Trial:
         skip = sparing(model, worst[:spared]) if spared else ()
-        file = write_int8(model, seen, out, recipe=replace(recipe, skip=tuple(sorted({*recipe.skip, *skip}))))
+        all_of = replace(recipe, skip=tuple(sorted({*recipe.skip, *skip})))
+        file = write_int8(corrected(model, seen, recipe=all_of), seen, out, recipe=all_of)
         trials.append(Trial(spared, skip, lost(file, inputs, labels, accuracy=accuracy)))
         return trials[-1]
 
