@@ -17,7 +17,7 @@ import torch
 
 from ..core.files import write_json
 from ..core.registry import check, unknown
-from ..data.datasets import Samples
+from ..data.datasets import Data, Samples
 from .folder import open_folder
 from .sealed import is_model_folder
 from .witness import EXACT as EXACT
@@ -98,14 +98,17 @@ def halved(
 
 def drawn(
     run: Run,
-    data: str,  # where its data are; empty: the name that the run has recorded
+    data: str | Data,  # or where they are; empty: the name that the run has recorded
     *,
     split: str,  # whose samples are asked
     n: int,  # how many of them, >= 1
     seed: int,  # of the draw
 ) -> Samples:
     "Some samples of a run, drawn by chance."
-    splits = data_of(run, data).splits
+    found = data if isinstance(data, Data) else data_of(run, data)
+    same = found.fingerprint == run.record["data"]["fingerprint"]
+    check(same, f"These aren't the data of {run.folder}: their fingerprint is another one.")
+    splits = found.splits
     if split not in splits:
         raise unknown("split", split, splits)
     check(n >= 1, f"n is {n}: at least one sample has to be asked.")
@@ -134,7 +137,7 @@ def certify(
     model: Model | None = None,  # the one that was tested; None: what the folder holds
     also: Mapping[str, Model] | None = None,  # other forms of it that have to say the same, by name, e.g. merged
     folder: str | Path | None = None,  # a model folder; None: `model` inside the run, if there is one
-    data: str = "",  # where its data are; empty: the name that the run has recorded
+    data: str | Data = "",  # its data, or where they are; empty: the name that the run has recorded
     split: str = "valid",  # whose samples are asked
     n: int = 200,  # how many of them, drawn by chance, >= 1
     seed: int = 0,  # of the draw
