@@ -24,10 +24,10 @@ from .metrics import Log, Meters, Watcher
 from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object
 from .schema import description
-from .served import Folder, Opener, Served, Setup, Slot
+from .served import Folder, Opener, Setup, Slot
 
 # %% auto #0
-__all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Service', 'make_service']
+__all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Answering', 'Service', 'make_service']
 
 # %% ../../nbs/7_deployment/27_app.ipynb #6210e3f2
 def painted(
@@ -43,13 +43,15 @@ def painted(
     strength = np.clip(np.abs(heat) / top, 0, 1)[..., None]
     colour = np.where(heat[..., None] >= 0, np.array((1.0, 0.55, 0.0)), np.array((0.1, 0.45, 1.0)))
     grey = image.mean(0)[..., None] * 0.85
-    made = Image.fromarray((255 * (grey * (1 - 0.7 * strength) + colour * 0.7 * strength)).clip(0, 255).astype(np.uint8))
+    made = Image.fromarray(
+        (255 * (grey * (1 - 0.7 * strength) + colour * 0.7 * strength)).clip(0, 255).astype(np.uint8)
+    )
     grow = max(1, -(-side // max(made.size)))
     out = BytesIO()
     made.resize((made.width * grow, made.height * grow), Image.Resampling.BICUBIC).save(out, "PNG")
     return out.getvalue()
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #c364cd43
 class Explaining:
     "Says what speaks for a class, one request after the other."
 
@@ -75,7 +77,9 @@ class Explaining:
 
     async def ask(self, folder: ModelFolder, item: bytes | str, target: str | None) -> Any:
         "What `why` finds, when it is its turn."
-        demand(self.waiting <= self.most, "Others wait for explanations already: ask again in a few seconds.", status=429)
+        demand(
+            self.waiting <= self.most, "Others wait for explanations already: ask again in a few seconds.", status=429
+        )
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, self.work, folder, item, target)
@@ -86,14 +90,14 @@ class Explaining:
         "Answer those who wait, then end."
         self.thread.shutdown()
 
-# %% ../../nbs/7_deployment/27_app.ipynb #c364cd43
+# %% ../../nbs/7_deployment/27_app.ipynb #e5b72d87
 def rounded(
     values: npt.NDArray[Any],
 ) -> Any:  # numbers in lists
     "Numbers with five digits after the point."
     return np.round(values.astype(np.float64), 5).tolist()
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #a0ad2f0c
 def explanation(
     found: Any,  # what `why` has found, about one input
     model: Mapping[str, Any],  # as in an answer
@@ -104,14 +108,18 @@ def explanation(
     words = hasattr(found, "words")
     if picture and not words:
         return Reply(painted(found.images[0].float().cpu().numpy(), found.map[0].float().cpu().numpy()), "image/png")
-    told: dict[str, Any] = {"model": model, "class": found.names[0], "probability": round(float(found.probability[0]), 6)}
+    told: dict[str, Any] = {
+        "model": model,
+        "class": found.names[0],
+        "probability": round(float(found.probability[0]), 6),
+    }
     told |= {"method": found.method, "warnings": list(found.warnings)}
     if words:
         pairs = zip(found.words[0], found.values[0].tolist(), strict=True)
         return as_json({**told, "words": [{"word": w, "value": round(float(v), 5)} for w, v in pairs]})
     return as_json({**told, "map": rounded(found.map[0].float().cpu().numpy())})
 
-# %% ../../nbs/7_deployment/27_app.ipynb #a0ad2f0c
+# %% ../../nbs/7_deployment/27_app.ipynb #8aa25be5
 def whole_number(
     text: str,  # as it was sent
     name: str,
@@ -123,7 +131,7 @@ def whole_number(
     demand(fine, f"{name} must be a whole number from 1 to {most}.", status=422)
     return int(text)
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #138e89b5
 def only(
     call: Call,
     *names: str,  # parameters that the address takes
@@ -133,10 +141,10 @@ def only(
         if name not in names:
             raise Refusal(422, str(unknown("parameter", name[:40], names)))
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #ee8694fa
 @dataclass(eq=False)
-class Service:
-    "What each address does."
+class Answering:
+    "What is done for whoever has an input."
 
     slot: Slot
     keeping: Gatekeeping
@@ -168,7 +176,9 @@ class Service:
         only(call, "target")
         served, asked = self.slot.current, await self.parsed(call)
         folder, target = served.folder, call.query.get("target")
-        demand(self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409)
+        demand(
+            self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409
+        )
         demand(asked.kind == folder.kind, f"This model takes {folder.kind}s, and {asked.kind}s were sent.", status=415)
         demand(len(asked.items) == 1, f"One {asked.kind} is explained at a time: {len(asked.items)} were sent.")
         if target is not None and target not in folder.classes:
@@ -176,11 +186,17 @@ class Service:
         found = await self.explaining.ask(folder, asked.items[0], target)  # type: ignore[arg-type]
         return explanation(found, served.about(), picture="image/png" in call.headers.get("accept", ""))
 
+# %% ../../nbs/7_deployment/27_app.ipynb #74732d1d
+class Service(Answering):
+    "What each address does."
+
     async def health(self, call: Call) -> Reply:
         "The process lives."
         served = self.slot.current
         state = "ending" if self.keeping.draining else "ready"
-        return as_json({"status": state, "model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]})
+        return as_json(
+            {"status": state, "model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]}
+        )
 
     async def ready(self, call: Call) -> Reply:
         "Whether requests should be sent here."
@@ -209,7 +225,7 @@ class Service:
         value = read_object(call.body, self.keeping.limits)
         name = value.get("folder")
         fine = [*value] == ["folder"] and isinstance(name, str) and name not in ("", ".", "..") and len(name) <= 200
-        demand(fine and "/" not in str(name), "Name the folder, beside the one that is served: {\"folder\": \"...\"}.")
+        demand(fine and "/" not in str(name), 'Name the folder, beside the one that is served: {"folder": "..."}.')
         path = inside(self.slot.path.resolve().parent, str(name))
         return as_json({"model": (await asyncio.to_thread(self.slot.load, path)).about()})
 
@@ -220,15 +236,26 @@ class Service:
 
     def command(self, call: Call) -> None:
         "Refuse commands where everybody may ask."
-        demand(bool(self.keeping.token), "Commands are off, since this server has no token: start it with one.", status=409)
+        demand(
+            bool(self.keeping.token), "Commands are off, since this server has no token: start it with one.", status=409
+        )
 
     def routes(self) -> dict[str, dict[str, Route]]:
         "All addresses."
-        given = {"/": self.page, "/health": self.health, "/ready": self.ready, "/metrics": self.metrics, "/openapi.json": self.openapi}
+        given = {
+            "/": self.page,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/metrics": self.metrics,
+            "/openapi.json": self.openapi,
+        }
         sent = {"/predict": self.predict, "/explain": self.explain, "/reload": self.reload, "/rollback": self.rollback}
-        return {**{path: {"GET": act} for path, act in given.items()}, **{path: {"POST": act} for path, act in sent.items()}}
+        return {
+            **{path: {"GET": act} for path, act in given.items()},
+            **{path: {"POST": act} for path, act in sent.items()},
+        }
 
-# %% ../../nbs/7_deployment/27_app.ipynb #990e7946
+# %% ../../nbs/7_deployment/27_app.ipynb #f1f3cef5
 def make_service(
     path: str | Path,  # of a model folder
     *,
@@ -240,6 +267,8 @@ def make_service(
 ) -> Service:
     "Everything that a server needs, without a server."
     setup, log, slots = setup or Setup(), log or Log(), list[Slot]()
-    meters = Meters(lambda: slots[0].current.watcher if slots else None, lambda: slots[0].current.batcher.rows if slots else 0)
+    meters = Meters(
+        lambda: slots[0].current.watcher if slots else None, lambda: slots[0].current.batcher.rows if slots else 0
+    )
     slots.append(Slot(Path(path), opener, setup=setup, meters=meters, monitor=monitor, log=log))
     return Service(slots[0], Gatekeeping(setup.limits, meters, log, token=token))

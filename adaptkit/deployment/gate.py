@@ -38,18 +38,24 @@ def is_local(
     except ValueError:
         return host == "localhost"
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #01d13f2f
 def check_token(
     token: str | None,  # None: nothing was said; empty: everybody may ask
     host: str,  # where the server listens
 ) -> None:
     "Refuse an open door that nobody has meant, and a token that can be guessed."
     where = f"host={host!r} can be reached from other machines"
-    check(token is not None or is_local(host), f"{where}: give a token of {LEAST} or more characters, or token='' if everybody may ask.")
+    check(
+        token is not None or is_local(host),
+        f"{where}: give a token of {LEAST} or more characters, or token='' if everybody may ask.",
+    )
     fine = not token or (len(token) >= LEAST and token.isascii() and token.isprintable() and " " not in token)
-    check(fine, f"The token must have {LEAST} or more letters, digits or signs of ASCII, without blanks: `python -c 'import secrets; print(secrets.token_urlsafe())'` makes one.")
+    check(
+        fine,
+        f"The token must have {LEAST} or more letters, digits or signs of ASCII, without blanks: `python -c 'import secrets; print(secrets.token_urlsafe())'` makes one.",
+    )
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #02a9c233
 def may_enter(
     header: str,  # Authorization, as it was sent
     token: str,
@@ -59,7 +65,7 @@ def may_enter(
     same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
     return same and scheme.lower() == "bearer"
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #b994c8f4
+# %% ../../nbs/7_deployment/24_gate.ipynb #ba4f03af
 class Rates:
     "A bucket for each address."
 
@@ -90,7 +96,7 @@ class Rates:
             self.buckets.popitem(last=False)
         return 0.0 if taken else (1 - drops) / self.rate
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #bc121ab1
+# %% ../../nbs/7_deployment/24_gate.ipynb #f0b9d400
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -106,7 +112,7 @@ class Call:
     headers: Mapping[str, str]  # names in small letters
     body: bytes
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #3e02a97f
 @dataclass(frozen=True)
 class Reply:
     "What is sent back."
@@ -116,7 +122,7 @@ class Reply:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #b4ef43e3
 def as_json(
     value: Any,  # JSON-able
     status: int = 200,
@@ -126,7 +132,7 @@ def as_json(
     told = {name.replace("_", "-"): v for name, v in headers.items()}
     return Reply(json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), "application/json", status, told)
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #1e180b67
 Route: TypeAlias = Callable[[Call], Awaitable[Reply]]
 
 
@@ -142,7 +148,7 @@ class Gatekeeping:
     open: frozenset[str] = frozenset(("/", "/health", "/ready", "/openapi.json"))  # paths that need no token
     limited: frozenset[str] = frozenset(("/predict", "/explain"))  # paths that the rate counts for
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #f0b9d400
+# %% ../../nbs/7_deployment/24_gate.ipynb #a499fcc2
 LINGER = 64 * 2**20  # bytes that are thrown away for the sake of a sentence
 
 
@@ -171,12 +177,14 @@ async def read_all(
                 if not over:
                     pieces.append(message.get("body", b""))
     except TimeoutError:
-        raise Refusal(408, f"The request took longer than {limits.patience:g} seconds to arrive: send it faster, or less.") from None
+        raise Refusal(
+            408, f"The request took longer than {limits.patience:g} seconds to arrive: send it faster, or less."
+        ) from None
     if over:
         raise Refusal(413, large)
     return b"".join(pieces)
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #4975103c
+# %% ../../nbs/7_deployment/24_gate.ipynb #fa28dd1a
 def read_query(
     query: bytes,  # what stands behind the question mark
 ) -> dict[str, str]:
@@ -187,7 +195,7 @@ def read_query(
         raise Refusal(400, "The address has more than 20 parameters: give fewer.") from e
     return {name: found[-1] for name, found in values.items()}
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #c5e5614d
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"))
 
@@ -205,21 +213,26 @@ def found(
         raise Refusal(405, f"{path} takes {' or '.join(methods)}, and nothing else.")
     return methods["GET" if method == "HEAD" else method]
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #c7d72649
 def refusal(
     error: Exception,
     methods: Mapping[str, Route],  # of the path
 ) -> Reply:
     "An error as a sentence."
     if not isinstance(error, AdaptkitError):
-        return as_json({"error": "Something went wrong here, not with your request: ask again, or tell us the number of the request."}, 500)
+        return as_json(
+            {
+                "error": "Something went wrong here, not with your request: ask again, or tell us the number of the request."
+            },
+            500,
+        )
     status = error.status if isinstance(error, Refusal) else 422
     more = {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])} if status == 405 else {}
     more |= {"WWW_Authenticate": "Bearer"} if status == 401 else {}
     more |= {"Retry_After": "1"} if status == 429 else {}
     return as_json({"error": str(error)}, status, **more)
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #a499fcc2
+# %% ../../nbs/7_deployment/24_gate.ipynb #31ec1a0b
 class Gate:
     "The application that a server runs: it lets routes work for whoever may come in."
 
@@ -250,13 +263,17 @@ class Gate:
         try:
             self.admit(scope, headers)
             route = found(self.routes, scope["path"], scope["method"])
-            body = await read_all(receive, self.keeping.limits, declared=int(declared) if declared.isdecimal() else None)
+            body = await read_all(
+                receive, self.keeping.limits, declared=int(declared) if declared.isdecimal() else None
+            )
             size = len(body)
             query = read_query(scope["query_string"])
             return await route(Call(scope["method"], scope["path"], query, headers, body)), size
         except Exception as e:  # becomes a sentence, or a 500 that is logged
             if not isinstance(e, AdaptkitError):
-                self.keeping.log.write("error", kind=type(e).__name__, route=scope["path"] if scope["path"] in self.routes else "other")
+                self.keeping.log.write(
+                    "error", kind=type(e).__name__, route=scope["path"] if scope["path"] in self.routes else "other"
+                )
             return refusal(e, self.routes.get(scope["path"], {})), size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -265,7 +282,12 @@ class Gate:
             return
         began, number, keeping = time.perf_counter(), secrets.token_hex(8), self.keeping
         reply, size = await self.reply(scope, receive)
-        told = {**reply.headers, "Content-Type": reply.kind, "Content-Length": str(len(reply.body)), "X-Request-Id": number}
+        told = {
+            **reply.headers,
+            "Content-Type": reply.kind,
+            "Content-Length": str(len(reply.body)),
+            "X-Request-Id": number,
+        }
         told |= {"Connection": "close"} if keeping.draining or reply.status in (408, 413) else {}
         listed = [*HEADERS, *((k.replace("_", "-").lower().encode(), v.encode()) for k, v in told.items())]
         await send({"type": "http.response.start", "status": reply.status, "headers": listed})

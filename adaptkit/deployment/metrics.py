@@ -33,7 +33,7 @@ class Watcher(Protocol):
 
     def state(self) -> Mapping[str, Any]: ...
 
-
+# %% ../../nbs/7_deployment/22_metrics.ipynb #4997f856
 def flat(
     state: Mapping[str, Any],  # numbers, or mappings of numbers
     before: str = "",  # the names that lead to it
@@ -45,7 +45,7 @@ def flat(
         elif isinstance(value, bool | int | float | np.number) and np.isfinite(float(value)):
             yield f"{before}{name}", float(value)
 
-
+# %% ../../nbs/7_deployment/22_metrics.ipynb #d9a05675
 class Drift:
     "Asks a monitor for its numbers when Prometheus asks us."
 
@@ -59,13 +59,15 @@ class Drift:
         "Called by the registry."
         from prometheus_client.core import GaugeMetricFamily
 
-        gauge = GaugeMetricFamily("adaptkit_drift", "What the monitor says about the latest window", labels=["statistic"])
+        gauge = GaugeMetricFamily(
+            "adaptkit_drift", "What the monitor says about the latest window", labels=["statistic"]
+        )
         watcher = self.watcher()
         for name, value in flat(watcher.state()) if watcher else ():
             gauge.add_metric([name], value)
         yield gauge
 
-# %% ../../nbs/7_deployment/22_metrics.ipynb #4997f856
+# %% ../../nbs/7_deployment/22_metrics.ipynb #828495f1
 class Meters:
     "What is counted while a server is at work."
 
@@ -78,10 +80,18 @@ class Meters:
         self.registry = client.CollectorRegistry()
         here = {"registry": self.registry}
         self.requests = client.Counter("adaptkit_requests", "Requests that were answered", ["route", "status"], **here)
-        self.seconds = client.Histogram("adaptkit_request_seconds", "From the first byte of a request to the last of its answer", ["route"], buckets=SECONDS, **here)
+        self.seconds = client.Histogram(
+            "adaptkit_request_seconds",
+            "From the first byte of a request to the last of its answer",
+            ["route"],
+            buckets=SECONDS,
+            **here,
+        )
         self.batch = client.Histogram("adaptkit_batch_rows", "Inputs in a call of the model", buckets=SIZES, **here)
         self.model = client.Histogram("adaptkit_model_seconds", "A call of the model", buckets=SECONDS, **here)
-        self.sure = client.Histogram("adaptkit_confidence", "Probability of the class that was said", buckets=SURE, **here)
+        self.sure = client.Histogram(
+            "adaptkit_confidence", "Probability of the class that was said", buckets=SURE, **here
+        )
         self.classes = client.Counter("adaptkit_answers", "Answers by class", ["class"], **here)
         self.reloads = client.Counter("adaptkit_reloads", "Changes of the model", ["outcome"], **here)
         self.failures = client.Counter("adaptkit_monitor_failures", "Times the monitor could not be told", **here)
@@ -116,7 +126,7 @@ class Meters:
 
         return bytes(generate_latest(self.registry))
 
-# %% ../../nbs/7_deployment/22_metrics.ipynb #e7da80db
+# %% ../../nbs/7_deployment/22_metrics.ipynb #7180c170
 class Log:
     "One line of JSON for each thing that happens."
 
@@ -149,4 +159,6 @@ class Log:
         size: int,  # bytes that were sent
     ) -> None:
         "Write what may be known about a request."
-        self.write("request", id=number, route=route, method=method, status=status, ms=round(1000 * seconds, 2), bytes=size)
+        self.write(
+            "request", id=number, route=route, method=method, status=status, ms=round(1000 * seconds, 2), bytes=size
+        )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..evaluation.layout import STYLE, filled
 
 # %% auto #0
-__all__ = ['LOOK', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
+__all__ = ['LOOK', 'HELPERS', 'ACTIONS', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
 
 # %% ../../nbs/7_deployment/26_page.ipynb #b8266b74
 LOOK = (
@@ -36,7 +36,7 @@ ol.classes div { display: flex; justify-content: space-between; gap: 1rem; font-
 )
 
 # %% ../../nbs/7_deployment/26_page.ipynb #0be06ec0
-SCRIPT = """
+HELPERS = """
 "use strict";
 const $ = id => document.getElementById(id), kind = document.body.dataset.kind;
 let sent = null, shown = 0;
@@ -64,6 +64,10 @@ function show(answer, model) {
   $("model").textContent = model.name + ", revision " + model.revision;
   $("answer").hidden = false; $("map").replaceChildren();
 }
+"""
+
+# %% ../../nbs/7_deployment/26_page.ipynb #cd6bb8dd
+ACTIONS = """
 async function predict() {
   const mine = ++shown; $("error").textContent = ""; $("answer").hidden = true; busy(true);
   try { const r = await (await ask("predict", "application/json")).json(); if (mine === shown) show(r.answers[0], r.model); }
@@ -112,8 +116,9 @@ if (kind === "image") {
 }
 if ($("why")) $("why").onclick = why;
 """
+SCRIPT = HELPERS + ACTIONS
 
-# %% ../../nbs/7_deployment/26_page.ipynb #cfa9b69e
+# %% ../../nbs/7_deployment/26_page.ipynb #2ffd1ca9
 MARKUP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body data-kind="{{ kind }}"><main>
@@ -147,10 +152,17 @@ def demo_page(
     from markupsafe import Markup
 
     shown = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
-    told = {"title": name, "intro": f"Sorts {kind}s into: {shown}.", "kind": kind, "explains": explains, "token": token, "longest": longest}
+    told = {
+        "title": name,
+        "intro": f"Sorts {kind}s into: {shown}.",
+        "kind": kind,
+        "explains": explains,
+        "token": token,
+        "longest": longest,
+    }
     return filled(MARKUP, {**told, "style": Markup(LOOK), "script": Markup(SCRIPT)})
 
-
+# %% ../../nbs/7_deployment/26_page.ipynb #40f4a8d4
 def policy() -> str:
     "What the page may do, as the header Content-Security-Policy says it."
     known = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

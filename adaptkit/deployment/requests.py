@@ -10,7 +10,6 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from email.message import Message
 from io import BytesIO
@@ -50,7 +49,7 @@ class Limits:
             fine = isinstance(value, int | float) and math.isfinite(value) and value >= least
             check(fine, f"{f.name} is {value!r}: it is a number, at least {least}.")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #3ac1fea7
 class Refusal(AdaptkitError):
     "A request that isn't answered, with a status that says whose mistake it is."
 
@@ -62,7 +61,7 @@ class Refusal(AdaptkitError):
         super().__init__(sentence)
         self.status = status
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #13706d11
 def demand(
     condition: bool,  # what has to hold
     sentence: str,  # for whoever sent it
@@ -73,7 +72,7 @@ def demand(
     if not condition:
         raise Refusal(status, sentence)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #8a16285e
+# %% ../../nbs/7_deployment/20_requests.ipynb #3d69d36e
 QUOTED = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # runs over the bytes once, whatever they are
 
 
@@ -85,14 +84,14 @@ def depth_of(
     steps = np.isin(bare, (91, 123)).astype(np.int32) - np.isin(bare, (93, 125))  # [ and {, ] and }
     return int(np.cumsum(steps).max(initial=0))
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #26a2acc7
 def no_number(
     name: str,  # NaN, Infinity or -Infinity
 ) -> float:
     "Refuse what is no number of JSON."
     raise ValueError(f"{name} is not a number of JSON")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #625a7191
 def read_object(
     body: bytes,
     limits: Limits,
@@ -108,10 +107,13 @@ def read_object(
         raise Refusal(400, f"The body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.") from e
     except ValueError as e:  # NaN, or a whole number of thousands of digits
         raise Refusal(400, f"The JSON holds something that can't be read: {str(e)[:60]}.") from e
-    demand(isinstance(value, dict), f"The JSON is a {type(value).__name__}: it must be an object such as {{\"text\": \"...\"}}.")
+    demand(
+        isinstance(value, dict),
+        f'The JSON is a {type(value).__name__}: it must be an object such as {{"text": "..."}}.',
+    )
     return dict(value)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #625a7191
+# %% ../../nbs/7_deployment/20_requests.ipynb #110d4817
 FIELDS = {"image": ("image", False), "images": ("image", True), "text": ("text", False), "texts": ("text", True)}
 
 
@@ -123,7 +125,7 @@ class Asked:
     items: tuple[bytes | str, ...]  # files of images, or texts
     many: bool  # whether a list was sent
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #c32cb0d8
 def from_base64(
     text: str,  # as in JSON, perhaps with data:image/png;base64, in front
 ) -> bytes:
@@ -132,9 +134,11 @@ def from_base64(
     try:
         return base64.b64decode(bare, validate=True)
     except (binascii.Error, ValueError) as e:
-        raise Refusal(400, "An image in JSON must be base64, and this is not: send the file itself, or encode it.") from e
+        raise Refusal(
+            400, "An image in JSON must be base64, and this is not: send the file itself, or encode it."
+        ) from e
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #aeecb475
 def from_json(
     body: bytes,
     limits: Limits,
@@ -149,10 +153,13 @@ def from_json(
     kind, many = FIELDS[name]
     demand(isinstance(found, list) == many, f"{name!r} must be {'a list of strings' if many else 'a string'}.")
     texts = found if many else [found]
-    demand(all(isinstance(t, str) for t in texts), f"{name!r} must hold strings: found {sorted({type(t).__name__ for t in texts})}.")
+    demand(
+        all(isinstance(t, str) for t in texts),
+        f"{name!r} must hold strings: found {sorted({type(t).__name__ for t in texts})}.",
+    )
     return Asked(kind, tuple(map(from_base64, texts)) if kind == "image" else tuple(texts), many)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #65611f42
+# %% ../../nbs/7_deployment/20_requests.ipynb #1f37822d
 def field_of(
     head: bytes,  # headers of a part of a form
 ) -> str:  # empty if there is none
@@ -165,7 +172,7 @@ def field_of(
             return str(told.get_param("name", "", header="content-disposition"))
     return ""
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #2514917f
 def parts_of(
     body: bytes,
     boundary: str,  # between the parts, from the content type
@@ -175,14 +182,16 @@ def parts_of(
     "The parts of a form."
     mark = b"\r\n--" + boundary.encode("latin-1", "replace")
     _, *found = (b"\r\n" + body).split(mark, most + 2)
-    demand(bool(boundary) and bool(found), "The form has no parts, or others than its content type says: send it again.")
+    demand(
+        bool(boundary) and bool(found), "The form has no parts, or others than its content type says: send it again."
+    )
     demand(len(found) <= most + 1, f"The form has more than {most} parts: send fewer at a time.", status=413)
     demand(found[-1].startswith(b"--"), "The form has no end: it arrived only in part, send it again.")
     split = [part.partition(b"\r\n\r\n") for part in found[:-1]]
     demand(all(between for _, between, _ in split), "A part of the form has no headers: send it again.")
     return [(field_of(head), content) for head, _, content in split]
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #9893f602
 def from_form(
     body: bytes,
     boundary: str,
@@ -194,11 +203,14 @@ def from_form(
     names = {name for name, _ in parts}
     for name in sorted(names - {"image", "text"}):
         raise Refusal(400, str(unknown("part of the form", name[:40], ("image", "text"))))
-    demand(len(names) == 1, "The form has both images and texts, or nothing: send parts called image, or parts called text.")
+    demand(
+        len(names) == 1,
+        "The form has both images and texts, or nothing: send parts called image, or parts called text.",
+    )
     items = [content if name == "image" else plain(content) for name, content in parts]
     return Asked(names.pop(), tuple(items), len(items) > 1)
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #a1337519
 def plain(
     body: bytes,  # a text
 ) -> str:
@@ -208,7 +220,7 @@ def plain(
     except UnicodeDecodeError as e:
         raise Refusal(400, f"The text is not UTF-8: byte {e.start} can't be read.") from e
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #aeecb475
+# %% ../../nbs/7_deployment/20_requests.ipynb #43b63129
 TYPES = ("application/json", "multipart/form-data", "image/*", "application/octet-stream", "text/plain")
 
 
@@ -234,7 +246,7 @@ def read_body(
     check_items(asked, limits)
     return asked
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #e9a5e97a
 def check_items(
     asked: Asked,
     limits: Limits,
@@ -242,7 +254,11 @@ def check_items(
     "Refuse too many, too long, too large."
     n = len(asked.items)
     demand(n > 0, f"There is no {asked.kind} in the request: send one or more.")
-    demand(n <= limits.items, f"There are {n} {asked.kind}s in the request: at most {limits.items} are allowed.", status=413)
+    demand(
+        n <= limits.items,
+        f"There are {n} {asked.kind}s in the request: at most {limits.items} are allowed.",
+        status=413,
+    )
     for i, item in enumerate(asked.items):
         name = f"The {asked.kind}" if n == 1 else f"{asked.kind.capitalize()} {i + 1} of {n}"
         if isinstance(item, str):
@@ -250,7 +266,7 @@ def check_items(
         else:
             check_image(item, name, limits=limits)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #c84323b1
+# %% ../../nbs/7_deployment/20_requests.ipynb #b5a96cc5
 def check_text(
     text: str,
     name: str,  # what a sentence calls it
@@ -259,11 +275,15 @@ def check_text(
 ) -> None:
     "Refuse a text that is empty, too long, or no text."
     demand(bool(text.strip()), f"{name} is empty: send at least one word.")
-    demand(len(text) <= limits.characters, f"{name} has {len(text)} characters: at most {limits.characters} are allowed.", status=413)
+    demand(
+        len(text) <= limits.characters,
+        f"{name} has {len(text)} characters: at most {limits.characters} are allowed.",
+        status=413,
+    )
     whole = "\x00" not in text and not any(0xD800 <= ord(c) < 0xE000 for c in text)
     demand(whole, f"{name} has characters that belong to no writing (NUL, or half a pair): take them out.")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #7c431b8d
 def check_image(
     file: bytes,
     name: str,  # what a sentence calls it
@@ -278,5 +298,7 @@ def check_image(
     except Exception as e:  # damaged files raise nearly everything
         raise Refusal(422, f"{name} can't be read: {reason(e)}.") from e
     found = f"{name} is {width} x {height} pixels"
-    demand(width * height <= limits.pixels, f"{found}: at most {limits.pixels / 1e6:g} megapixels are allowed.", status=413)
+    demand(
+        width * height <= limits.pixels, f"{found}: at most {limits.pixels / 1e6:g} megapixels are allowed.", status=413
+    )
     demand(min(width, height) >= LEAST_SIDE, f"{found}: each side needs at least {LEAST_SIDE}.", status=422)

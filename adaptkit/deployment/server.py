@@ -58,7 +58,9 @@ class Connection(HttpToolsProtocol):
     def too_slow(self) -> None:
         "The time is over."
         if self.inside_head and not self.refused:
-            self.refuse(408, f"The request took longer than {self.limits.patience:g} seconds to arrive: send it faster.")
+            self.refuse(
+                408, f"The request took longer than {self.limits.patience:g} seconds to arrive: send it faster."
+            )
         elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
@@ -202,10 +204,12 @@ def bound(
         sock.bind((host, port))
     except OSError as e:
         sock.close()
-        raise AdaptkitError(f"Can't listen at {host}:{port}: {e.strerror or e}. Choose another port with port=... (--port).") from e
+        raise AdaptkitError(
+            f"Can't listen at {host}:{port}: {e.strerror or e}. Choose another port with port=... (--port)."
+        ) from e
     return sock
 
-
+# %% ../../nbs/7_deployment/27b_server.ipynb #9f030872
 def run_service(
     service: Service,
     sock: socket.socket,  # bound
