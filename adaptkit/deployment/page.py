@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..evaluation.layout import STYLE, filled
 
 # %% auto #0
-__all__ = ['LOOK', 'HELPERS', 'ACTIONS', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
+__all__ = ['LOOK', 'HELPERS', 'ACTIONS', 'TAKING', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
 
 # %% ../../nbs/7_deployment/26_page.ipynb #b8266b74
 LOOK = (
@@ -96,6 +96,10 @@ function words(told) {
   }
   $("map").replaceChildren(text, node("p", "Orange words speak for the class, blue ones against it.", "soft"));
 }
+"""
+
+# %% ../../nbs/7_deployment/26_page.ipynb #cfa9b69e
+TAKING = """
 function take(file) {
   if (!file) return;
   sent = file; const image = $("preview");
@@ -116,9 +120,9 @@ if (kind === "image") {
 }
 if ($("why")) $("why").onclick = why;
 """
-SCRIPT = HELPERS + ACTIONS
+SCRIPT = HELPERS + ACTIONS + TAKING
 
-# %% ../../nbs/7_deployment/26_page.ipynb #2ffd1ca9
+# %% ../../nbs/7_deployment/26_page.ipynb #40f4a8d4
 MARKUP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body data-kind="{{ kind }}"><main>
@@ -162,7 +166,7 @@ def demo_page(
     }
     return filled(MARKUP, {**told, "style": Markup(LOOK), "script": Markup(SCRIPT)})
 
-# %% ../../nbs/7_deployment/26_page.ipynb #40f4a8d4
+# %% ../../nbs/7_deployment/26_page.ipynb #54d95dc7
 def policy() -> str:
     "What the page may do, as the header Content-Security-Policy says it."
     known = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

@@ -85,9 +85,7 @@ def depth_of(
     return int(np.cumsum(steps).max(initial=0))
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #26a2acc7
-def no_number(
-    name: str,  # NaN, Infinity or -Infinity
-) -> float:
+def no_number(name: str) -> float:
     "Refuse what is no number of JSON."
     raise ValueError(f"{name} is not a number of JSON")
 
@@ -151,7 +149,8 @@ def from_json(
     demand(len(value) == 1, f"The JSON has {len(value)} fields: it must have one of {', '.join(FIELDS)}.")
     ((name, found),) = value.items()
     kind, many = FIELDS[name]
-    demand(isinstance(found, list) == many, f"{name!r} must be {'a list of strings' if many else 'a string'}.")
+    wanted = "a list of strings" if many else "a string"
+    demand(isinstance(found, list) == many, f"{name!r} must be {wanted}.")
     texts = found if many else [found]
     demand(
         all(isinstance(t, str) for t in texts),
@@ -194,7 +193,7 @@ def parts_of(
 # %% ../../nbs/7_deployment/20_requests.ipynb #9893f602
 def from_form(
     body: bytes,
-    boundary: str,
+    boundary: str,  # between the parts
     *,
     limits: Limits,
 ) -> Asked:
@@ -221,7 +220,7 @@ def plain(
         raise Refusal(400, f"The text is not UTF-8: byte {e.start} can't be read.") from e
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #43b63129
-TYPES = ("application/json", "multipart/form-data", "image/*", "application/octet-stream", "text/plain")
+TYPES = "application/json", "multipart/form-data", "image/*", "application/octet-stream", "text/plain"
 
 
 def read_body(
