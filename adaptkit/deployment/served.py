@@ -194,7 +194,7 @@ class Served:
 # %% ../../nbs/7_deployment/23_served.ipynb #575bd734
 Opener = Callable[[Path], Folder]  # raises AdaptkitError if the folder isn't as it should be
 
-
+# %% ../../nbs/7_deployment/23_served.ipynb #5ee7bf17
 class Slot:
     "The model at work, and the one before."
 
