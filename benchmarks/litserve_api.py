@@ -7,7 +7,6 @@ import numpy as np
 
 from adaptkit.deployment.folder import open_folder
 
-
 class Api(litserve.LitAPI):
     "One image after the other."
 

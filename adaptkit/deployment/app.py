@@ -27,7 +27,7 @@ from .schema import description
 from .served import Folder, Opener, Setup, Slot
 
 # %% auto #0
-__all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Service', 'make_service']
+__all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Answering', 'Service', 'make_service']
 
 # %% ../../nbs/7_deployment/27_app.ipynb #6210e3f2
 def painted(
@@ -51,7 +51,7 @@ def painted(
     made.resize((made.width * grow, made.height * grow), Image.Resampling.BICUBIC).save(out, "PNG")
     return out.getvalue()
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #c364cd43
 class Explaining:
     "Says what speaks for a class, one request after the other."
 
@@ -90,14 +90,14 @@ class Explaining:
         "Answer those who wait, then end."
         self.thread.shutdown()
 
-# %% ../../nbs/7_deployment/27_app.ipynb #c364cd43
+# %% ../../nbs/7_deployment/27_app.ipynb #e5b72d87
 def rounded(
     values: npt.NDArray[Any],
 ) -> Any:  # numbers in lists
     "Numbers with five digits after the point."
     return np.round(values.astype(np.float64), 5).tolist()
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #a0ad2f0c
 def explanation(
     found: Any,  # what `why` has found, about one input
     model: Mapping[str, Any],  # as in an answer
@@ -119,7 +119,7 @@ def explanation(
         return as_json({**told, "words": [{"word": w, "value": round(float(v), 5)} for w, v in pairs]})
     return as_json({**told, "map": rounded(found.map[0].float().cpu().numpy())})
 
-# %% ../../nbs/7_deployment/27_app.ipynb #a0ad2f0c
+# %% ../../nbs/7_deployment/27_app.ipynb #8aa25be5
 def whole_number(
     text: str,  # as it was sent
     name: str,
@@ -131,7 +131,7 @@ def whole_number(
     demand(fine, f"{name} must be a whole number from 1 to {most}.", status=422)
     return int(text)
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #138e89b5
 def only(
     call: Call,
     *names: str,  # parameters that the address takes
@@ -141,10 +141,10 @@ def only(
         if name not in names:
             raise Refusal(422, str(unknown("parameter", name[:40], names)))
 
-
+# %% ../../nbs/7_deployment/27_app.ipynb #ee8694fa
 @dataclass(eq=False)
-class Service:
-    "What each address does."
+class Answering:
+    "What is done for whoever has an input."
 
     slot: Slot
     keeping: Gatekeeping
@@ -185,6 +185,10 @@ class Service:
             raise Refusal(422, str(unknown("class", target[:40], folder.classes)))
         found = await self.explaining.ask(folder, asked.items[0], target)  # type: ignore[arg-type]
         return explanation(found, served.about(), picture="image/png" in call.headers.get("accept", ""))
+
+# %% ../../nbs/7_deployment/27_app.ipynb #74732d1d
+class Service(Answering):
+    "What each address does."
 
     async def health(self, call: Call) -> Reply:
         "The process lives."
@@ -251,7 +255,7 @@ class Service:
             **{path: {"POST": act} for path, act in sent.items()},
         }
 
-# %% ../../nbs/7_deployment/27_app.ipynb #990e7946
+# %% ../../nbs/7_deployment/27_app.ipynb #f1f3cef5
 def make_service(
     path: str | Path,  # of a model folder
     *,

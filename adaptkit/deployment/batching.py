@@ -35,7 +35,7 @@ class Answer(Protocol):
     @property
     def features(self) -> npt.NDArray[np.float32]: ...
 
-
+# %% ../../nbs/7_deployment/21_batching.ipynb #f39bffc1
 Session = Callable[[Arrays], Answer]
 
 
@@ -46,14 +46,14 @@ class Rows:
     logits: npt.NDArray[np.float32]  # [N, K]
     features: npt.NDArray[np.float32]  # [N, D]
 
-
+# %% ../../nbs/7_deployment/21_batching.ipynb #9e151a5d
 def rows_of(
     inputs: Arrays,
 ) -> int:
     "How many inputs there are."
     return len(next(iter(inputs.values())))
 
-
+# %% ../../nbs/7_deployment/21_batching.ipynb #1877c754
 def together(
     parts: Sequence[Arrays],  # of the same names
 ) -> Arrays:
@@ -69,7 +69,7 @@ def together(
         made[name] = np.concatenate(arrays)
     return made
 
-# %% ../../nbs/7_deployment/21_batching.ipynb #1877c754
+# %% ../../nbs/7_deployment/21_batching.ipynb #4910fcd0
 @dataclass(eq=False)
 class Job:
     "A request that waits for the model."
@@ -95,7 +95,7 @@ class Job:
         except RuntimeError:  # the loop was closed: nobody waits any more
             return
 
-
+# %% ../../nbs/7_deployment/21_batching.ipynb #39a209f7
 Watch = Callable[[Rows, float], None]  # what to do with what was said in how many seconds
 
 
@@ -125,7 +125,7 @@ def run_jobs(
     if watch is not None:
         watch(Rows(said.logits, said.features), seconds)
 
-# %% ../../nbs/7_deployment/21_batching.ipynb #a41ecbee
+# %% ../../nbs/7_deployment/21_batching.ipynb #c946e138
 class Batcher:
     "Workers in front of a session, and a queue in front of the workers."
 

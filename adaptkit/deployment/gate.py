@@ -38,7 +38,7 @@ def is_local(
     except ValueError:
         return host == "localhost"
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #01d13f2f
 def check_token(
     token: str | None,  # None: nothing was said; empty: everybody may ask
     host: str,  # where the server listens
@@ -55,7 +55,7 @@ def check_token(
         f"The token must have {LEAST} or more letters, digits or signs of ASCII, without blanks: `python -c 'import secrets; print(secrets.token_urlsafe())'` makes one.",
     )
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #02a9c233
 def may_enter(
     header: str,  # Authorization, as it was sent
     token: str,
@@ -65,7 +65,7 @@ def may_enter(
     same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
     return same and scheme.lower() == "bearer"
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #b994c8f4
+# %% ../../nbs/7_deployment/24_gate.ipynb #ba4f03af
 class Rates:
     "A bucket for each address."
 
@@ -96,7 +96,7 @@ class Rates:
             self.buckets.popitem(last=False)
         return 0.0 if taken else (1 - drops) / self.rate
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #bc121ab1
+# %% ../../nbs/7_deployment/24_gate.ipynb #f0b9d400
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -112,7 +112,7 @@ class Call:
     headers: Mapping[str, str]  # names in small letters
     body: bytes
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #3e02a97f
 @dataclass(frozen=True)
 class Reply:
     "What is sent back."
@@ -122,7 +122,7 @@ class Reply:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #b4ef43e3
 def as_json(
     value: Any,  # JSON-able
     status: int = 200,
@@ -132,7 +132,7 @@ def as_json(
     told = {name.replace("_", "-"): v for name, v in headers.items()}
     return Reply(json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), "application/json", status, told)
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #1e180b67
 Route: TypeAlias = Callable[[Call], Awaitable[Reply]]
 
 
@@ -148,7 +148,7 @@ class Gatekeeping:
     open: frozenset[str] = frozenset(("/", "/health", "/ready", "/openapi.json"))  # paths that need no token
     limited: frozenset[str] = frozenset(("/predict", "/explain"))  # paths that the rate counts for
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #f0b9d400
+# %% ../../nbs/7_deployment/24_gate.ipynb #a499fcc2
 LINGER = 64 * 2**20  # bytes that are thrown away for the sake of a sentence
 
 
@@ -184,7 +184,7 @@ async def read_all(
         raise Refusal(413, large)
     return b"".join(pieces)
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #4975103c
+# %% ../../nbs/7_deployment/24_gate.ipynb #fa28dd1a
 def read_query(
     query: bytes,  # what stands behind the question mark
 ) -> dict[str, str]:
@@ -195,7 +195,7 @@ def read_query(
         raise Refusal(400, "The address has more than 20 parameters: give fewer.") from e
     return {name: found[-1] for name, found in values.items()}
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #c5e5614d
 HEADERS = ((b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"))
 
@@ -213,7 +213,7 @@ def found(
         raise Refusal(405, f"{path} takes {' or '.join(methods)}, and nothing else.")
     return methods["GET" if method == "HEAD" else method]
 
-
+# %% ../../nbs/7_deployment/24_gate.ipynb #c7d72649
 def refusal(
     error: Exception,
     methods: Mapping[str, Route],  # of the path
@@ -232,7 +232,7 @@ def refusal(
     more |= {"Retry_After": "1"} if status == 429 else {}
     return as_json({"error": str(error)}, status, **more)
 
-# %% ../../nbs/7_deployment/24_gate.ipynb #a499fcc2
+# %% ../../nbs/7_deployment/24_gate.ipynb #31ec1a0b
 class Gate:
     "The application that a server runs: it lets routes work for whoever may come in."
 

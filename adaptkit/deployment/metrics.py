@@ -33,7 +33,7 @@ class Watcher(Protocol):
 
     def state(self) -> Mapping[str, Any]: ...
 
-
+# %% ../../nbs/7_deployment/22_metrics.ipynb #4997f856
 def flat(
     state: Mapping[str, Any],  # numbers, or mappings of numbers
     before: str = "",  # the names that lead to it
@@ -45,7 +45,7 @@ def flat(
         elif isinstance(value, bool | int | float | np.number) and np.isfinite(float(value)):
             yield f"{before}{name}", float(value)
 
-
+# %% ../../nbs/7_deployment/22_metrics.ipynb #d9a05675
 class Drift:
     "Asks a monitor for its numbers when Prometheus asks us."
 
@@ -67,7 +67,7 @@ class Drift:
             gauge.add_metric([name], value)
         yield gauge
 
-# %% ../../nbs/7_deployment/22_metrics.ipynb #4997f856
+# %% ../../nbs/7_deployment/22_metrics.ipynb #828495f1
 class Meters:
     "What is counted while a server is at work."
 
@@ -126,7 +126,7 @@ class Meters:
 
         return bytes(generate_latest(self.registry))
 
-# %% ../../nbs/7_deployment/22_metrics.ipynb #e7da80db
+# %% ../../nbs/7_deployment/22_metrics.ipynb #7180c170
 class Log:
     "One line of JSON for each thing that happens."
 

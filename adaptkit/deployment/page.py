@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..evaluation.layout import STYLE, filled
 
 # %% auto #0
-__all__ = ['LOOK', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
+__all__ = ['LOOK', 'HELPERS', 'ACTIONS', 'TAKING', 'SCRIPT', 'MARKUP', 'demo_page', 'policy']
 
 # %% ../../nbs/7_deployment/26_page.ipynb #b8266b74
 LOOK = (
@@ -36,7 +36,7 @@ ol.classes div { display: flex; justify-content: space-between; gap: 1rem; font-
 )
 
 # %% ../../nbs/7_deployment/26_page.ipynb #0be06ec0
-SCRIPT = """
+HELPERS = """
 "use strict";
 const $ = id => document.getElementById(id), kind = document.body.dataset.kind;
 let sent = null, shown = 0;
@@ -64,6 +64,10 @@ function show(answer, model) {
   $("model").textContent = model.name + ", revision " + model.revision;
   $("answer").hidden = false; $("map").replaceChildren();
 }
+"""
+
+# %% ../../nbs/7_deployment/26_page.ipynb #cd6bb8dd
+ACTIONS = """
 async function predict() {
   const mine = ++shown; $("error").textContent = ""; $("answer").hidden = true; busy(true);
   try { const r = await (await ask("predict", "application/json")).json(); if (mine === shown) show(r.answers[0], r.model); }
@@ -92,6 +96,10 @@ function words(told) {
   }
   $("map").replaceChildren(text, node("p", "Orange words speak for the class, blue ones against it.", "soft"));
 }
+"""
+
+# %% ../../nbs/7_deployment/26_page.ipynb #cfa9b69e
+TAKING = """
 function take(file) {
   if (!file) return;
   sent = file; const image = $("preview");
@@ -112,8 +120,9 @@ if (kind === "image") {
 }
 if ($("why")) $("why").onclick = why;
 """
+SCRIPT = HELPERS + ACTIONS + TAKING
 
-# %% ../../nbs/7_deployment/26_page.ipynb #cfa9b69e
+# %% ../../nbs/7_deployment/26_page.ipynb #40f4a8d4
 MARKUP = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body data-kind="{{ kind }}"><main>
@@ -157,7 +166,7 @@ def demo_page(
     }
     return filled(MARKUP, {**told, "style": Markup(LOOK), "script": Markup(SCRIPT)})
 
-
+# %% ../../nbs/7_deployment/26_page.ipynb #54d95dc7
 def policy() -> str:
     "What the page may do, as the header Content-Security-Policy says it."
     known = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

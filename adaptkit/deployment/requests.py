@@ -49,7 +49,7 @@ class Limits:
             fine = isinstance(value, int | float) and math.isfinite(value) and value >= least
             check(fine, f"{f.name} is {value!r}: it is a number, at least {least}.")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #3ac1fea7
 class Refusal(AdaptkitError):
     "A request that isn't answered, with a status that says whose mistake it is."
 
@@ -61,7 +61,7 @@ class Refusal(AdaptkitError):
         super().__init__(sentence)
         self.status = status
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #13706d11
 def demand(
     condition: bool,  # what has to hold
     sentence: str,  # for whoever sent it
@@ -72,7 +72,7 @@ def demand(
     if not condition:
         raise Refusal(status, sentence)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #8a16285e
+# %% ../../nbs/7_deployment/20_requests.ipynb #3d69d36e
 QUOTED = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # runs over the bytes once, whatever they are
 
 
@@ -84,14 +84,12 @@ def depth_of(
     steps = np.isin(bare, (91, 123)).astype(np.int32) - np.isin(bare, (93, 125))  # [ and {, ] and }
     return int(np.cumsum(steps).max(initial=0))
 
-
-def no_number(
-    name: str,  # NaN, Infinity or -Infinity
-) -> float:
+# %% ../../nbs/7_deployment/20_requests.ipynb #26a2acc7
+def no_number(name: str) -> float:
     "Refuse what is no number of JSON."
     raise ValueError(f"{name} is not a number of JSON")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #625a7191
 def read_object(
     body: bytes,
     limits: Limits,
@@ -113,7 +111,7 @@ def read_object(
     )
     return dict(value)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #625a7191
+# %% ../../nbs/7_deployment/20_requests.ipynb #110d4817
 FIELDS = {"image": ("image", False), "images": ("image", True), "text": ("text", False), "texts": ("text", True)}
 
 
@@ -125,7 +123,7 @@ class Asked:
     items: tuple[bytes | str, ...]  # files of images, or texts
     many: bool  # whether a list was sent
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #c32cb0d8
 def from_base64(
     text: str,  # as in JSON, perhaps with data:image/png;base64, in front
 ) -> bytes:
@@ -138,7 +136,7 @@ def from_base64(
             400, "An image in JSON must be base64, and this is not: send the file itself, or encode it."
         ) from e
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #aeecb475
 def from_json(
     body: bytes,
     limits: Limits,
@@ -151,7 +149,8 @@ def from_json(
     demand(len(value) == 1, f"The JSON has {len(value)} fields: it must have one of {', '.join(FIELDS)}.")
     ((name, found),) = value.items()
     kind, many = FIELDS[name]
-    demand(isinstance(found, list) == many, f"{name!r} must be {'a list of strings' if many else 'a string'}.")
+    wanted = "a list of strings" if many else "a string"
+    demand(isinstance(found, list) == many, f"{name!r} must be {wanted}.")
     texts = found if many else [found]
     demand(
         all(isinstance(t, str) for t in texts),
@@ -159,7 +158,7 @@ def from_json(
     )
     return Asked(kind, tuple(map(from_base64, texts)) if kind == "image" else tuple(texts), many)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #65611f42
+# %% ../../nbs/7_deployment/20_requests.ipynb #1f37822d
 def field_of(
     head: bytes,  # headers of a part of a form
 ) -> str:  # empty if there is none
@@ -172,7 +171,7 @@ def field_of(
             return str(told.get_param("name", "", header="content-disposition"))
     return ""
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #2514917f
 def parts_of(
     body: bytes,
     boundary: str,  # between the parts, from the content type
@@ -191,10 +190,10 @@ def parts_of(
     demand(all(between for _, between, _ in split), "A part of the form has no headers: send it again.")
     return [(field_of(head), content) for head, _, content in split]
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #9893f602
 def from_form(
     body: bytes,
-    boundary: str,
+    boundary: str,  # between the parts
     *,
     limits: Limits,
 ) -> Asked:
@@ -210,7 +209,7 @@ def from_form(
     items = [content if name == "image" else plain(content) for name, content in parts]
     return Asked(names.pop(), tuple(items), len(items) > 1)
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #a1337519
 def plain(
     body: bytes,  # a text
 ) -> str:
@@ -220,8 +219,8 @@ def plain(
     except UnicodeDecodeError as e:
         raise Refusal(400, f"The text is not UTF-8: byte {e.start} can't be read.") from e
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #aeecb475
-TYPES = ("application/json", "multipart/form-data", "image/*", "application/octet-stream", "text/plain")
+# %% ../../nbs/7_deployment/20_requests.ipynb #43b63129
+TYPES = "application/json", "multipart/form-data", "image/*", "application/octet-stream", "text/plain"
 
 
 def read_body(
@@ -246,7 +245,7 @@ def read_body(
     check_items(asked, limits)
     return asked
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #e9a5e97a
 def check_items(
     asked: Asked,
     limits: Limits,
@@ -266,7 +265,7 @@ def check_items(
         else:
             check_image(item, name, limits=limits)
 
-# %% ../../nbs/7_deployment/20_requests.ipynb #c84323b1
+# %% ../../nbs/7_deployment/20_requests.ipynb #b5a96cc5
 def check_text(
     text: str,
     name: str,  # what a sentence calls it
@@ -283,7 +282,7 @@ def check_text(
     whole = "\x00" not in text and not any(0xD800 <= ord(c) < 0xE000 for c in text)
     demand(whole, f"{name} has characters that belong to no writing (NUL, or half a pair): take them out.")
 
-
+# %% ../../nbs/7_deployment/20_requests.ipynb #7c431b8d
 def check_image(
     file: bytes,
     name: str,  # what a sentence calls it

@@ -12,7 +12,8 @@ from .. import __version__
 from .requests import FIELDS, Limits
 
 # %% auto #0
-__all__ = ['Schema', 'REFUSED', 'an_object', 'answer_schemas', 'body_of', 'a_reply', 'parameter', 'operations', 'description']
+__all__ = ['Schema', 'TEXT', 'SHARE', 'REFUSED', 'an_object', 'a_list', 'explanation_schema', 'answer_schemas', 'body_of',
+           'a_reply', 'parameter', 'operation', 'operations', 'description']
 
 # %% ../../nbs/7_deployment/25_schema.ipynb #b6e4e241
 Schema = dict[str, Any]  # a JSON Schema
@@ -27,40 +28,47 @@ def an_object(
     needed = [name for name in properties if name not in optional]
     return {"type": "object", "properties": dict(properties), "required": needed, "additionalProperties": False}
 
+# %% ../../nbs/7_deployment/25_schema.ipynb #082b1347
+TEXT: Schema = {"type": "string"}
+SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 
+
+def a_list(
+    items: Schema,
+    **limits: Any,  # minItems, maxItems, description
+) -> Schema:
+    "A list of such things."
+    return {"type": "array", "items": items, **limits}
+
+# %% ../../nbs/7_deployment/25_schema.ipynb #33e114b0
+def explanation_schema(
+    model: Schema,
+) -> Schema:
+    "What /explain says."
+    number: Schema = {"type": "number"}
+    words = a_list(an_object({"word": TEXT, "value": number}))
+    grid = a_list(a_list(number), description="Rows of the map; above 0 speaks for the class, below 0 against it.")
+    about = {"class": TEXT, "probability": SHARE, "method": TEXT, "warnings": a_list(TEXT)}
+    return an_object({"model": model, **about, "map": grid, "words": words}, optional=("map", "words"))
+
+# %% ../../nbs/7_deployment/25_schema.ipynb #098c832e
 def answer_schemas() -> dict[str, Schema]:
     "What the service says, by name."
-    text: Schema = {"type": "string"}
-    share: Schema = {"type": "number", "minimum": 0, "maximum": 1}
-    one = an_object({"class": text, "probability": share})
-    each = an_object({"class": text, "probability": share, "classes": {"type": "array", "items": one}})
-    model = an_object({"name": text, "revision": text, "calibrated": {"type": "boolean"}})
-    numbers: Schema = {"type": "array", "items": {"type": "number"}}
-    words = {"type": "array", "items": an_object({"word": text, "value": {"type": "number"}})}
-    grid = {
-        "type": "array",
-        "items": numbers,
-        "description": "Rows of the map; above 0 speaks for the class, below 0 against it.",
-    }
-    about = {"class": text, "probability": share, "method": text, "warnings": {"type": "array", "items": text}}
+    each = an_object(
+        {"class": TEXT, "probability": SHARE, "classes": a_list(an_object({"class": TEXT, "probability": SHARE}))}
+    )
+    model = an_object({"name": TEXT, "revision": TEXT, "calibrated": {"type": "boolean"}})
+    state = {"status": {"enum": ["ready", "ending"]}, "model": model, "kind": TEXT, "classes": a_list(TEXT)}
     return {
         "Error": an_object(
             {"error": {"type": "string", "description": "One sentence: what is wrong, and what to do."}}
         ),
-        "Answers": an_object({"model": model, "answers": {"type": "array", "items": each}}),
-        "Explanation": an_object({"model": model, **about, "map": grid, "words": words}, optional=("map", "words")),
-        "State": an_object(
-            {
-                "status": {"enum": ["ready", "ending"]},
-                "model": model,
-                "kind": text,
-                "classes": {"type": "array", "items": text},
-            },
-            optional=("model", "kind", "classes"),
-        ),
+        "Answers": an_object({"model": model, "answers": a_list(each)}),
+        "Explanation": explanation_schema(model),
+        "State": an_object(state, optional=("model", "kind", "classes")),
     }
 
-# %% ../../nbs/7_deployment/25_schema.ipynb #4d06a0b3
+# %% ../../nbs/7_deployment/25_schema.ipynb #edffa3f5
 def body_of(
     limits: Limits,
     *,
@@ -75,14 +83,9 @@ def body_of(
     }
     one = base64 if kind == "image" else texts
     alone, several = (name for name, (k, _) in FIELDS.items() if k == kind)
-    many: Schema = {"type": "array", "items": one, "minItems": 1, "maxItems": limits.items}
     file: Schema = {"type": "string", "format": "binary"}
-    part: Schema = {
-        "type": "array",
-        "items": file if kind == "image" else texts,
-        "minItems": 1,
-        "maxItems": limits.items,
-    }
+    some = {"minItems": 1, "maxItems": limits.items}
+    many, part = a_list(one, **some), a_list(file if kind == "image" else texts, **some)
     content: dict[str, Schema] = {
         "application/json": {"schema": {"oneOf": [an_object({alone: one}), an_object({several: many})]}},
         "multipart/form-data": {"schema": an_object({kind: part})},
@@ -95,7 +98,7 @@ def body_of(
     content |= {name: {"schema": schema} for name, schema in raw.items()}
     return {"required": True, "content": content}
 
-
+# %% ../../nbs/7_deployment/25_schema.ipynb #816bcba6
 def a_reply(
     what: str,  # a sentence
     schema: str = "",  # name of what comes as JSON; empty: nothing does
@@ -108,7 +111,7 @@ def a_reply(
     content |= {name.replace("_", "/", 1): {"schema": s} for name, s in others.items()}
     return {"description": what, "content": content} if content else {"description": what}
 
-
+# %% ../../nbs/7_deployment/25_schema.ipynb #5094c200
 REFUSED = {
     400: "The request can't be read.",
     401: "The token is missing or wrong.",
@@ -122,7 +125,7 @@ REFUSED = {
     429: "Too many requests at a time.",
 }
 
-# %% ../../nbs/7_deployment/25_schema.ipynb #d5a90874
+# %% ../../nbs/7_deployment/25_schema.ipynb #796f3cc5
 def parameter(
     name: str,
     schema: Schema,
@@ -131,7 +134,18 @@ def parameter(
     "A parameter of an address."
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": what}
 
+# %% ../../nbs/7_deployment/25_schema.ipynb #d7c656fe
+def operation(
+    name: str,
+    summary: str,  # a question
+    good: Schema,  # the reply if all is well
+    **more: Any,  # parameters, requestBody
+) -> Schema:
+    "Something that can be done."
+    refused = {str(status): a_reply(what, "Error") for status, what in REFUSED.items()}
+    return {"operationId": name, "summary": summary, **more, "responses": {"200": good, **refused}}
 
+# %% ../../nbs/7_deployment/25_schema.ipynb #05e641e4
 def operations(
     limits: Limits,
     *,
@@ -140,63 +154,27 @@ def operations(
     explains: bool,  # whether the model can be explained
 ) -> dict[str, Schema]:
     "What can be done, by address."
-    refused = {str(s): a_reply(what, "Error") for s, what in REFUSED.items()}
-    text, picture = {"type": "string"}, {"type": "string", "format": "binary"}
     top = parameter("top", {"type": "integer", "minimum": 1, "maximum": 1000}, "How many classes are listed.")
-    asked = body_of(limits, kind=kind)
-    paths: dict[str, Schema] = {
-        "/predict": {
-            "post": {
-                "operationId": "predict",
-                "summary": "Which class is it?",
-                "parameters": [top],
-                "requestBody": asked,
-                "responses": {"200": a_reply("An answer for each input.", "Answers"), **refused},
-            }
-        },
-        "/health": {
-            "get": {
-                "operationId": "health",
-                "summary": "Is the process alive?",
-                "responses": {"200": a_reply("It is.", "State"), **refused},
-            }
-        },
-        "/ready": {
-            "get": {
-                "operationId": "ready",
-                "summary": "Should requests be sent here?",
-                "responses": {
-                    "200": a_reply("They should.", "State"),
-                    "503": a_reply("The server is about to end.", "State"),
-                    **refused,
-                },
-            }
-        },
-        "/metrics": {
-            "get": {
-                "operationId": "metrics",
-                "summary": "Numbers for Prometheus.",
-                "responses": {"200": a_reply("Text.", text_plain=text), **refused},
-            }
-        },
-    }
+    sent = {"requestBody": body_of(limits, kind=kind)}
+    state = a_reply("All is well.", "State")
+    ready = operation("ready", "Should requests be sent here?", state)
+    ready["responses"]["503"] = a_reply("The server is about to end.", "State")
+    predict = operation(
+        "predict", "Which class is it?", a_reply("An answer for each input.", "Answers"), parameters=[top], **sent
+    )
+    paths = {"/predict": {"post": predict}, "/ready": {"get": ready}}
+    paths["/health"] = {"get": operation("health", "Is the process alive?", state)}
+    paths["/metrics"] = {"get": operation("metrics", "Numbers for Prometheus.", a_reply("Text.", text_plain=TEXT))}
     if explains:
-        what = [
-            parameter("target", {"enum": [*classes]}, "The class that is asked about; missing: the one that is said.")
-        ]
-        good = a_reply("A map or words.", "Explanation", **({"image_png": picture} if kind == "image" else {}))
-        paths["/explain"] = {
-            "post": {
-                "operationId": "explain",
-                "summary": "What speaks for it?",
-                "parameters": what,
-                "requestBody": asked,
-                "responses": {"200": good, **refused},
-            }
-        }
+        target = parameter(
+            "target", {"enum": [*classes]}, "The class that is asked about; missing: the one that is said."
+        )
+        picture = {"image_png": {"type": "string", "format": "binary"}} if kind == "image" else {}
+        good = a_reply("A map or words.", "Explanation", **picture)
+        paths["/explain"] = {"post": operation("explain", "What speaks for it?", good, parameters=[target], **sent)}
     return paths
 
-
+# %% ../../nbs/7_deployment/25_schema.ipynb #f532464b
 def description(
     limits: Limits,
     *,
@@ -209,8 +187,8 @@ def description(
     "The whole service, as OpenAPI 3.1."
     paths = operations(limits, kind=kind, classes=classes, explains=explains)
     for path, methods in paths.items():
-        for operation in methods.values():
-            operation["security"] = [{"token": []}] if token and path not in open_paths else []
+        for one in methods.values():
+            one["security"] = [{"token": []}] if token and path not in open_paths else []
     parts: Schema = {"schemas": answer_schemas()}
     parts |= {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if token else {}
     about = {

@@ -61,7 +61,7 @@ def softmax(
     e = np.exp(z - z.max(1, keepdims=True))
     return np.asarray(e / e.sum(1, keepdims=True))
 
-
+# %% ../../nbs/7_deployment/23_served.ipynb #422fd0f1
 def answers(
     probabilities: npt.NDArray[np.float64],  # [N, K]
     classes: Sequence[str],
@@ -76,7 +76,7 @@ def answers(
         found.append({"class": each[0]["class"], "probability": each[0]["probability"], "classes": each})
     return found
 
-# %% ../../nbs/7_deployment/23_served.ipynb #53d6d19f
+# %% ../../nbs/7_deployment/23_served.ipynb #13ff368c
 @dataclass(frozen=True)
 class Setup:
     "How a model is run."
@@ -88,7 +88,7 @@ class Setup:
     readers: int = 2  # threads that unpack images
     limits: Limits = Limits()
 
-
+# %% ../../nbs/7_deployment/23_served.ipynb #5b9ed0d0
 def sample(
     kind: str,  # image or text
 ) -> bytes | str:
@@ -103,7 +103,7 @@ def sample(
     Image.new("RGB", (64, 48), (128, 128, 128)).save(out, "PNG")
     return out.getvalue()
 
-
+# %% ../../nbs/7_deployment/23_served.ipynb #02f00df7
 def try_out(
     folder: Folder,
     session: Session,
@@ -118,7 +118,7 @@ def try_out(
     fine = bool(np.isfinite(said.logits).all())
     check(fine, f"The model in {folder.folder} answers with numbers that are not finite: export it again.")
 
-# %% ../../nbs/7_deployment/23_served.ipynb #13ff368c
+# %% ../../nbs/7_deployment/23_served.ipynb #beb77c7c
 class Served:
     "A model that answers."
 
@@ -191,10 +191,10 @@ class Served:
         self.batcher.close()
         self.readers.shutdown()
 
-# %% ../../nbs/7_deployment/23_served.ipynb #83bef091
+# %% ../../nbs/7_deployment/23_served.ipynb #575bd734
 Opener = Callable[[Path], Folder]  # raises AdaptkitError if the folder isn't as it should be
 
-
+# %% ../../nbs/7_deployment/23_served.ipynb #5ee7bf17
 class Slot:
     "The model at work, and the one before."
 

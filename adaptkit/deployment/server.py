@@ -209,7 +209,7 @@ def bound(
         ) from e
     return sock
 
-
+# %% ../../nbs/7_deployment/27b_server.ipynb #9f030872
 def run_service(
     service: Service,
     sock: socket.socket,  # bound

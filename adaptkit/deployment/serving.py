@@ -31,8 +31,8 @@ from ..evaluation.evaluate import predict
 from ..heads.heads import Model
 
 # %% auto #0
-__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'started', 'Running', 'port_of', 'running', 'Shadow', 'as_sent',
-           'shadow']
+__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'started', 'Running', 'port_of', 'end_process', 'running', 'Shadow',
+           'as_sent', 'shadow']
 
 # %% ../../nbs/7_deployment/28_serving.ipynb #dbb219c9
 def model_folder(
@@ -47,7 +47,7 @@ def model_folder(
 
     return export(folder, "onnx").folder
 
-
+# %% ../../nbs/7_deployment/28_serving.ipynb #25d19d27
 def watching(
     monitor: Watcher | Callable[[Folder], Watcher | None] | None,  # for all models, or made for each
 ) -> Callable[[Folder], Watcher | None]:
@@ -58,7 +58,7 @@ def watching(
         return lambda folder: monitor
     return monitor
 
-
+# %% ../../nbs/7_deployment/28_serving.ipynb #35ab5fd6
 def serve(
     folder: str | Path,  # a run, or a model folder
     *,
@@ -84,7 +84,7 @@ def serve(
     finally:
         sock.close()
 
-# %% ../../nbs/7_deployment/28_serving.ipynb #06c7b92f
+# %% ../../nbs/7_deployment/28_serving.ipynb #51425237
 PROGRAM = "import sys, json; from adaptkit.deployment.serving import started; started(json.load(sys.stdin))"
 
 
@@ -99,7 +99,7 @@ def started(
         print(e, file=sys.stderr)
         sys.exit(2)
 
-
+# %% ../../nbs/7_deployment/28_serving.ipynb #b673f3b2
 @dataclass(frozen=True)
 class Running:
     "A server that runs."
@@ -137,7 +137,7 @@ class Running:
         "What it has logged."
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-# %% ../../nbs/7_deployment/28_serving.ipynb #e2d30d2c
+# %% ../../nbs/7_deployment/28_serving.ipynb #929c772b
 def port_of(
     running: Running,  # whose port isn't known yet
     *,
@@ -154,7 +154,21 @@ def port_of(
         time.sleep(0.05)
     raise AdaptkitError(f"The server didn't start within {seconds:g} seconds.")
 
+# %% ../../nbs/7_deployment/28_serving.ipynb #86ec9237
+def end_process(
+    process: subprocess.Popen[str],
+    *,
+    seconds: float = 20.0,  # to end by itself
+) -> None:
+    "Tell a process to end; one that doesn't is killed."
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
+# %% ../../nbs/7_deployment/28_serving.ipynb #134d5865
 @contextmanager
 def running(
     folder: str | Path,  # a run, or a model folder
@@ -186,14 +200,9 @@ def running(
             found = port_of(Running(0, process, log, token), seconds=seconds)
             yield Running(found, process, log, token)
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_process(process)
 
-# %% ../../nbs/7_deployment/28_serving.ipynb #b673f3b2
+# %% ../../nbs/7_deployment/28_serving.ipynb #9c4d749e
 @dataclass(frozen=True)
 class Shadow:
     "How served answers differ from those of the notebook's model."
@@ -208,7 +217,7 @@ class Shadow:
         "Whether they are the same but for rounding."
         return self.flipped == 0 and self.gap <= self.allowed
 
-
+# %% ../../nbs/7_deployment/28_serving.ipynb #351015db
 def as_sent(
     samples: Samples,
     i: int,
@@ -227,7 +236,7 @@ def as_sent(
     Image.fromarray(samples.image(i)).save(out, "PNG")
     return out.getvalue(), "image/png"
 
-
+# %% ../../nbs/7_deployment/28_serving.ipynb #d3870794
 def shadow(
     server: Running,
     model: Model,  # of the notebook
