@@ -206,7 +206,7 @@ def power_curve(
     errors = errors_on(reference, {"clean": clean} | {f"{name} {k}": a for (name, k), a in spoilt.items()})
     return PowerCurve(tuple(spoilt), sizes, rates, none, power, level, repeats, errors)
 
-
+# %% ../../nbs/7_deployment/36_power.ipynb #b4ed7fc4
 def with_errors(
     reference: Reference,
     curve: PowerCurve,
