@@ -58,7 +58,7 @@ def spoilt(
     grey = bool((x[:, :1] == x).all())
     return corrupt(x[:, :1] if grey else x, corruption, **how).expand(-1, x.shape[1], -1, -1)
 
-
+# %% ../../nbs/7_deployment/33_asking.ipynb #aabec7c8
 def ask(
     model: Model,  # left as it is
     samples: Samples,  # N images or texts
@@ -85,7 +85,7 @@ def ask(
     measured = {name: np.concatenate([part[2][name] for part in found]) for name in found[0][2]}
     return Asked(features, logits, samples.labels[order], measured).take(np.argsort(order))
 
-# %% ../../nbs/7_deployment/33_asking.ipynb #105a25d8
+# %% ../../nbs/7_deployment/33_asking.ipynb #574e08a3
 def ask_corrupted(
     model: Model,  # for images; left as it is
     samples: Samples,  # N images

@@ -5,13 +5,10 @@
 # %% ../../nbs/7_deployment/38_monitor.ipynb #fe8f634c
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,85 +17,17 @@ import numpy.typing as npt
 
 from ..core.registry import check
 from .drift import check_level, drift_tests, judge
-from .quality import outside, shares_outside
-from .reference import Reference, quantiles, softmax
+from .quality import shares_outside
+from .reference import Reference, quantiles
 from .store import Kept, StoreError, Window, WindowStore, open_store
 from .two_samples import DriftTest
 from .unlabelled import estimated
-from ..evaluation.metrics import Floats
+from .windows import LOG, Background, Buffer, Filled, seen
 
 # %% auto #0
-__all__ = ['LOG', 'TOTALS', 'Seen', 'joined', 'seen', 'Filled', 'concluded', 'Keeper', 'Monitor', 'state_of']
+__all__ = ['TOTALS', 'concluded', 'Keeper', 'Monitor', 'state_of']
 
 # %% ../../nbs/7_deployment/38_monitor.ipynb #39e973cc
-@dataclass(frozen=True, eq=False)
-class Seen:
-    "Requests as far as the monitor keeps them."
-
-    features: Floats  # [N, d], projected
-    probabilities: Floats  # [N, K]
-    out: Mapping[str, npt.NDArray[np.bool_]]  # by measurement, [N]
-    raw: tuple[npt.NDArray[np.float32], ...] = ()  # features [N, D] and logits [N, K], if somebody asked for them
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def take(self, rows: slice) -> Seen:
-        "Some of them."
-        out = {name: flags[rows] for name, flags in self.out.items()}
-        return Seen(self.features[rows], self.probabilities[rows], out, tuple(part[rows] for part in self.raw))
-
-
-def joined(
-    parts: Sequence[Seen],  # at least one
-) -> Seen:
-    "Requests that came one after the other."
-    if len(parts) == 1:
-        return parts[0]
-    out = {name: np.concatenate([p.out[name] for p in parts]) for name in parts[0].out}
-    raw = tuple(np.concatenate(each) for each in zip(*(p.raw for p in parts), strict=True))
-    features, probabilities = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("features", "probabilities")
-    )
-    return Seen(features, probabilities, out, raw)
-
-
-def seen(
-    reference: Reference,
-    features: npt.ArrayLike,  # [N, D]
-    logits: npt.ArrayLike,  # [N, K]
-    *,
-    quality: Mapping[str, npt.ArrayLike] | None,  # by measurement, [N]
-    keep: bool,  # features and logits as well
-) -> tuple[Seen, int]:  # and how many rows were no numbers
-    "What is kept of some requests."
-    x, z = np.asarray(features, np.float32), np.asarray(logits, np.float32)
-    d, k = len(reference.centre), len(reference.classes)
-    fits = x.ndim == z.ndim == 2 and len(x) == len(z) and x.shape[1] == d and z.shape[1] == k
-    check(
-        fits,
-        f"The monitor needs features [N, {d}] and logits [N, {k}]; found {x.shape} and {z.shape}: is it this model's reference?",
-    )
-    fine = np.isfinite(x).all(axis=1) & np.isfinite(z).all(axis=1)
-    out = outside(quality or {}, reference.ranges, rows=len(x))
-    if not fine.all():
-        x, z, out = x[fine], z[fine], {name: flags[fine] for name, flags in out.items()}
-    raw = (x.copy(), z.copy()) if keep else ()
-    return Seen(reference.project(x), softmax(z, reference.temperature), out, raw), int((~fine).sum())
-
-# %% ../../nbs/7_deployment/38_monitor.ipynb #43b65008
-@dataclass(frozen=True)
-class Filled:
-    "A full window that waits for its verdict."
-
-    number: int
-    seen: Seen
-    begun: float  # seconds since 1970
-    ended: float
-    broken: int  # requests that were no numbers
-    unreadable: int  # requests that could not be decoded
-
-
 def concluded(
     reference: Reference,
     filled: Filled,
@@ -131,10 +60,7 @@ def concluded(
     seconds = time.perf_counter() - begun
     return Window(filled.number, len(s), p=judged.p, level=judged.level, seconds=seconds, **found, **when, **about)
 
-# %% ../../nbs/7_deployment/38_monitor.ipynb #ed20f415
-LOG = logging.getLogger("adaptkit.monitor")
-
-
+# %% ../../nbs/7_deployment/38_monitor.ipynb #43b65008
 class Keeper:
     "Writes windows when it can, and remembers them when it can't."
 
@@ -171,10 +97,10 @@ class Keeper:
         self.trouble = ""
         self.waiting.clear()
 
-# %% ../../nbs/7_deployment/38_monitor.ipynb #40348098
-TOTALS = ("requests", "broken", "unreadable", "windows", "alarms", "dropped", "failed")  # what is counted
+# %% ../../nbs/7_deployment/38_monitor.ipynb #ed20f415
+TOTALS = ("requests", "broken", "unreadable", "windows", "alarms", "dropped")  # what is counted
 
-
+# %% ../../nbs/7_deployment/38_monitor.ipynb #1b6b6336
 class Monitor:
     "Watches what a model answers; never in the way of an answer."
 
@@ -203,10 +129,7 @@ class Monitor:
         self.about = {"model": model, "revision": revision, "worker": worker}
         self.keeper, self.recent = Keeper(open_store(store)), deque[Window](maxlen=500)
         self.totals = dict.fromkeys(TOTALS, 0.0)
-        self._lock, self._queue = threading.Lock(), queue.Queue[Filled | None](maxsize=8)
-        self._parts: list[Seen] = []
-        self._fill, self._begun, self._bad = 0, 0.0, [0, 0]
-        self._thread: threading.Thread | None = None
+        self._lock, self._buffer, self._background = threading.Lock(), Buffer(window), Background(self._conclude)
 
     def observe(
         self,
@@ -219,44 +142,11 @@ class Monitor:
         "Take note of some answers."
         rows, broken = seen(self.reference, features, logits, quality=quality, keep=self.keep)
         with self._lock:
-            self._begun = self._begun if self._fill else self.clock()
-            self._parts.append(rows)
-            self._fill += len(rows)
-            self._bad = [self._bad[0] + broken, self._bad[1] + unreadable]
             for name, n in zip(TOTALS, (len(rows), broken, unreadable), strict=False):
                 self.totals[name] += n
-            if self._fill >= self.window:
-                for filled in self._cut():
-                    self._hand_over(filled)
-
-    def _cut(self) -> Iterator[Filled]:
-        whole, now, at = joined(self._parts), self.clock(), 0
-        while len(whole) - at >= self.window:
-            number = int(self.totals["windows"])
-            self.totals["windows"] += 1
-            yield Filled(number, whole.take(slice(at, at + self.window)), self._begun, now, *self._bad)
-            self._bad, self._begun, at = [0, 0], now, at + self.window
-        self._parts, self._fill = [whole.take(slice(at, None))], len(whole) - at
-
-    def _hand_over(self, filled: Filled) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, name="adaptkit-monitor", daemon=True)
-            self._thread.start()
-        try:
-            self._queue.put_nowait(filled)
-        except queue.Full:
-            self.totals["dropped"] += 1
-
-    def _work(self) -> None:
-        while (filled := self._queue.get()) is not None:
-            try:
-                self._conclude(filled)
-            except Exception:  # a plugin's fault must not end the watch: it is told and counted
-                self.totals["failed"] += 1
-                LOG.exception("The monitor could not judge window %d.", filled.number)
-            finally:
-                self._queue.task_done()
-        self._queue.task_done()
+            for filled in self._buffer.add(rows, broken=broken, unreadable=unreadable, now=self.clock()):
+                self.totals["windows"] += 1
+                self.totals["dropped"] += not self._background.put(filled)
 
     def _conclude(self, filled: Filled) -> None:
         how = {"level": self.level, "permutations": self.permutations, "seed": [self.seed, filled.number]}
@@ -267,15 +157,18 @@ class Monitor:
         if w.alarm and self.on_alarm is not None:
             self.on_alarm(w)
 
+    @property
+    def failed(self) -> int:
+        "Windows that could not be judged."
+        return self._background.failed
+
     def settle(self) -> None:
         "Wait until all full windows have been judged."
-        self._queue.join()
+        self._background.settle()
 
     def close(self) -> None:
         "Judge what is full, write what waits, and end the thread; an unfinished window is given up."
-        if self._thread is not None and self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+        self._background.close()
         if self.keeper.waiting:
             self.keeper.write()
 
@@ -289,7 +182,7 @@ class Monitor:
 
         return write_monitor(stored_windows(self), self.reference, folder)
 
-# %% ../../nbs/7_deployment/38_monitor.ipynb #6edb86f2
+# %% ../../nbs/7_deployment/38_monitor.ipynb #1a297e6a
 def state_of(
     monitor: Any,  # a Monitor
 ) -> dict[str, float]:
@@ -299,7 +192,11 @@ def state_of(
         "monitor_store_failing": float(bool(monitor.keeper.trouble)),
         "monitor_store_waiting": float(len(monitor.keeper.waiting)),
     }
-    found |= {"monitor_windows_lost_total": float(monitor.keeper.lost), "monitor_level": float(monitor.level)}
+    found |= {
+        "monitor_windows_lost_total": float(monitor.keeper.lost),
+        "monitor_level": float(monitor.level),
+        "monitor_failed_total": float(monitor.failed),
+    }
     if not monitor.recent:
         return found
     w: Window = monitor.recent[-1]

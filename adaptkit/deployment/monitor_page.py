@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from adaptkit.deployment.monitor import Monitor
 
 # %% auto #0
-__all__ = ['BLUE', 'WARM', 'BAND', 'PAGE', 'canvas', 'draw_drift', 'draw_shares', 'draw_confidence', 'draw_accuracy',
-           'draw_quality', 'at_time', 'since_when', 'page_values', 'write_monitor', 'stored_windows']
+__all__ = ['BLUE', 'WARM', 'BAND', 'NAN', 'PAGE', 'canvas', 'draw_drift', 'draw_shares', 'draw_confidence', 'draw_accuracy',
+           'draw_quality', 'at_time', 'since_when', 'facts_of', 'remarks_on', 'pictures_of', 'page_values',
+           'write_monitor', 'stored_windows']
 
 # %% ../../nbs/7_deployment/38b_monitor_page.ipynb #5feb7d3f
 BLUE, WARM, BAND = "#0068a8", "#b34a00", "0.88"
+NAN = "answers that are no numbers"
 
 
 def canvas(
@@ -58,7 +60,7 @@ def draw_drift(
     axes.legend(frameon=False, loc="upper left")
     return figure
 
-
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #7659f737
 def draw_shares(
     windows: Sequence[Window],  # at least one
     reference: Reference,
@@ -77,7 +79,7 @@ def draw_shares(
     axes.legend(frameon=False, ncols=3, fontsize=8)
     return figure
 
-# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #7659f737
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #172bc620
 def draw_confidence(
     windows: Sequence[Window],  # at least one
     reference: Reference,
@@ -108,7 +110,7 @@ def draw_accuracy(
     axes.legend(frameon=False, loc="lower left")
     return figure
 
-
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #60bd81f4
 def draw_quality(
     windows: Sequence[Window],  # at least one
 ) -> Figure:
@@ -125,7 +127,7 @@ def draw_quality(
         axes.legend(frameon=False, ncols=3, fontsize=8)
     return figure
 
-# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #d6a7d76f
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #d79cea9c
 PAGE = (
     OPENING
     + """<header><h1>{{ title }}</h1><p class="soft">{{ span }}</p></header>
@@ -158,77 +160,74 @@ def since_when(
     while run < len(windows) and windows[-1 - run].alarm == last.alarm:
         run += 1
     often = f"for {run} window{'s' * (run > 1)}, since {at_time(windows[-run].begun)}"
-    return last.alarm, f"{often}; loudest: {last.why or 'answers that are no numbers'}" if last.alarm else often
+    return last.alarm, f"{often}; loudest: {last.why or NAN}" if last.alarm else often
 
-# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #abb93d60
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #3f3224e5
+def facts_of(
+    windows: Sequence[Window],  # at least one
+) -> list[tuple[str, Any]]:  # name and value
+    "What stands in large letters."
+    last, loud = windows[-1], sum(w.alarm for w in windows)
+    return [
+        ("windows", len(windows)),
+        ("requests in them", sum(w.rows for w in windows)),
+        ("alarms", loud),
+        ("false ones expected", f"{sum(w.level for w in windows):.1f}"),
+        ("accuracy about", f"{last.accuracy:.0%} ({last.low:.0%} to {last.high:.0%})"),
+        ("unreadable", sum(w.unreadable for w in windows)),
+        ("no numbers", sum(w.broken for w in windows)),
+    ]
+
+
+def remarks_on(
+    windows: Sequence[Window],  # at least one
+    reference: Reference,
+) -> list[str]:
+    "What to know before the page is believed."
+    n, found = len(reference.features), []
+    if n < 10 * windows[-1].rows:
+        found.append(f"The reference has {n} rows, less than ten times a window: the rate of false alarms may stray.")
+    if reference.error is None:
+        found.append("The interval of the accuracy holds chance only: the error of the estimate was never measured.")
+    return found
+
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #618ffb6a
+def pictures_of(
+    windows: Sequence[Window],  # at least one
+    reference: Reference,
+) -> list[tuple[str, str, str]]:  # heading, caption, address
+    "The five pictures."
+    normal = "grey, the validation data"
+    drawn = [
+        ("Drift", "How surprising each window is; above the dashed line lies an alarm.", draw_drift(windows)),
+        ("Classes", "Share of the answers; dashed, the validation data.", draw_shares(windows, reference)),
+        ("Confidence", f"Median and middle half; {normal}.", draw_confidence(windows, reference)),
+        ("Accuracy", f"Estimated without labels, with its interval; {normal}.", draw_accuracy(windows, reference)),
+        ("Quality", "Share of the requests that are out of the range of the validation data.", draw_quality(windows)),
+    ]
+    return [(heading, caption, figure_uri(figure)) for heading, caption, figure in drawn]
+
+
 def page_values(
     windows: Sequence[Window],  # at least one
     reference: Reference,
 ) -> dict[str, Any]:  # by the names in PAGE
     "What stands on the page."
-    alarm, now = since_when(windows)
-    loud, last = [w for w in windows if w.alarm], windows[-1]
-    expected = sum(w.level for w in windows)
-    facts: list[tuple[str, Any]] = [
-        ("windows", len(windows)),
-        ("requests in them", sum(w.rows for w in windows)),
-        ("alarms", len(loud)),
-    ]
-    facts += [
-        ("false ones expected", f"{expected:.1f}"),
-        ("accuracy about", f"{last.accuracy:.0%} ({last.low:.0%} to {last.high:.0%})"),
-    ]
-    facts += [("unreadable", sum(w.unreadable for w in windows)), ("no numbers", sum(w.broken for w in windows))]
-    drawn = [
-        ("Drift", "How surprising each window is; above the dashed line lies an alarm.", draw_drift(windows)),
-        ("Classes", "Share of the answers; dashed, the validation data.", draw_shares(windows, reference)),
-        (
-            "Confidence",
-            "Median and middle half; grey, the middle half of the validation data.",
-            draw_confidence(windows, reference),
-        ),
-        (
-            "Accuracy",
-            "Estimated without labels, with its interval; grey, the validation data.",
-            draw_accuracy(windows, reference),
-        ),
-        ("Quality", "Share of the requests that are out of the range of the validation data.", draw_quality(windows)),
-    ]
-    few = len(reference.features) < 10 * last.rows
-    remarks = (
-        [
-            f"The reference has {len(reference.features)} rows, less than ten times a window: the rate of false alarms may stray from the level."
-        ]
-        if few
-        else []
-    )
-    if reference.error is None:
-        remarks.append(
-            "The interval of the accuracy holds chance only: the error of the estimate was never measured for this model."
-        )
-    rows = [
-        (at_time(w.ended), f"{w.p:.3g}", w.why or "answers that are no numbers", f"{w.accuracy:.0%}", w.worker)
-        for w in loud[:-11:-1]
-    ]
+    (alarm, now), last = since_when(windows), windows[-1]
+    loud = [w for w in windows if w.alarm][:-11:-1]
+    rows = [(at_time(w.ended), f"{w.p:.3g}", w.why or NAN, f"{w.accuracy:.0%}", w.worker) for w in loud]
+    span = f"{at_time(windows[0].begun)} to {at_time(last.ended)} UTC, revision {last.revision or 'not named'}"
+    foot = f"Level {last.level:g}: the share of clean windows that raise an alarm, over all tests together."
     told: dict[str, Any] = {
         "title": f"Watching {last.model}",
-        "span": f"{at_time(windows[0].begun)} to {at_time(last.ended)} UTC, revision {last.revision or 'not named'}",
-    }
-    told |= {
+        "span": span,
         "alarm": alarm,
         "state": "Alarm" if alarm else "Quiet",
-        "now": now,
-        "facts": facts,
-        "remarks": remarks,
-        "alarms": rows,
     }
-    told |= {
-        "footer": f"Level {last.level:g}: the share of clean windows that raise an alarm, over all tests together.",
-        "style": STYLE,
-    }
-    return told | {"pictures": [(h, c, figure_uri(f, dpi=150)) for h, c, f in drawn]}
+    told |= {"now": now, "alarms": rows, "footer": foot, "style": STYLE, "facts": facts_of(windows)}
+    return told | {"remarks": remarks_on(windows, reference), "pictures": pictures_of(windows, reference)}
 
-
+# %% ../../nbs/7_deployment/38b_monitor_page.ipynb #ce625137
 def write_monitor(
     windows: Sequence[Window],  # the oldest first
     reference: Reference,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from adaptkit.core.figures import Figure
 
 # %% auto #0
-__all__ = ['COLOURS', 'window_of', 'alarm_rate', 'PowerCurve', 'known', 'draw_power', 'power_curve', 'with_errors']
+__all__ = ['COLOURS', 'window_of', 'alarm_rate', 'PowerCurve', 'known', 'draw_power', 'errors_on', 'power_curve', 'with_errors']
 
 # %% ../../nbs/7_deployment/36_power.ipynb #8dd0ad44
 def window_of(
@@ -120,14 +120,14 @@ class PowerCurve:
     def _repr_html_(self) -> str:
         return str(self.table().to_html()) + str(self.false_alarms().to_html())
 
-
+# %% ../../nbs/7_deployment/36_power.ipynb #a2615105
 def known(
     values: Floats,
 ) -> list[float | None]:
     "Numbers for JSON, which has no NaN."
     return [None if np.isnan(v) else round(float(v), 6) for v in values]
 
-# %% ../../nbs/7_deployment/36_power.ipynb #a2615105
+# %% ../../nbs/7_deployment/36_power.ipynb #40bf4445
 COLOURS = ("#0068a8", "#e08a00", "#5b8c3e", "#8a4fa3", "#b3372f", "#3aa6a6", "#7a6a55", "#444444")
 
 
@@ -155,7 +155,16 @@ def draw_power(
     )
     return figure
 
-# %% ../../nbs/7_deployment/36_power.ipynb #40bf4445
+# %% ../../nbs/7_deployment/36_power.ipynb #4a74451f
+def errors_on(
+    reference: Reference,
+    every: Mapping[str, Asked],  # by name; labels are known
+) -> Errors:
+    "How wrong the estimated accuracy is on several kinds of data."
+    sure = {name: softmax(a.logits, reference.temperature).max(axis=1) for name, a in every.items()}
+    return estimate_errors(reference, sure, [a.accuracy for a in every.values()])
+
+# %% ../../nbs/7_deployment/36_power.ipynb #bab76c58
 def power_curve(
     reference: Reference,
     spoilt: Mapping[
@@ -194,12 +203,10 @@ def power_curve(
             rates[i, j] = alarm_rate(reference, asked, size, seed=seed + 1, **how)
             if rates[i, j] >= power:
                 break
-    every = {"clean": clean} | {f"{name} {k}": a for (name, k), a in spoilt.items()}
-    sure = {name: softmax(a.logits, reference.temperature).max(axis=1) for name, a in every.items()}
-    errors = estimate_errors(reference, sure, [a.accuracy for a in every.values()])
+    errors = errors_on(reference, {"clean": clean} | {f"{name} {k}": a for (name, k), a in spoilt.items()})
     return PowerCurve(tuple(spoilt), sizes, rates, none, power, level, repeats, errors)
 
-
+# %% ../../nbs/7_deployment/36_power.ipynb #b4ed7fc4
 def with_errors(
     reference: Reference,
     curve: PowerCurve,

@@ -251,7 +251,7 @@ def adopted(
     file = Path(link).with_name(f"{Path(link).name}.json")
     return [str(f) for f in read_json(file)["adopted"]] if file.is_file() else []
 
-
+# %% ../../nbs/7_deployment/39_readapt.ipynb #0d627915
 def point(
     link: Path,  # made or replaced
     target: Path,  # a folder

@@ -110,7 +110,7 @@ def checked_rows(
         check(len(np.asarray(values)) == n, f"The quality {name!r} needs {n} numbers, one for each row.")
     return x
 
-
+# %% ../../nbs/7_deployment/34_reference.ipynb #e4e47b42
 def make_reference(
     features: npt.ArrayLike,  # [N, D], of validation data
     logits: npt.ArrayLike,  # [N, K]
@@ -141,7 +141,7 @@ def make_reference(
     kept = (centre, directions, rows, p[compare], counts.astype(np.float64))
     return Reference(said.classes, *kept, scale, ranges, p.max(axis=1), right, temperature)
 
-# %% ../../nbs/7_deployment/34_reference.ipynb #d0423eba
+# %% ../../nbs/7_deployment/34_reference.ipynb #ac671bf3
 TENSORS = ("centre", "directions", "features", "probabilities", "outside", "confidence", "right")
 VERSION = 1
 
@@ -170,7 +170,7 @@ def quantiles(
     "The 5, 25, 50, 75 and 95 % quantiles."
     return [round(float(q), 6) for q in np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])]
 
-
+# %% ../../nbs/7_deployment/34_reference.ipynb #aeb1c57e
 def read_reference(
     folder: str | Path,  # of a model
 ) -> Reference:

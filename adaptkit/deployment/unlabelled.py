@@ -122,7 +122,7 @@ class Errors:
         axes.legend(frameon=False)
         return figure
 
-
+# %% ../../nbs/7_deployment/35_unlabelled.ipynb #49a1f8b2
 def estimate_errors(
     reference: Reference,
     confidences: Mapping[str, Floats],  # by the name of the data, each [M]

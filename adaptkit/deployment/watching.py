@@ -97,7 +97,7 @@ def store_beside(
     place = folder.folder.resolve()
     return f"sqlite:///{place.with_name(f'{place.name}-monitor.db')}"
 
-
+# %% ../../nbs/7_deployment/38c_watching.ipynb #9b88a25b
 def monitor_of(
     folder: ModelFolder | str | Path,
     store: str
@@ -115,7 +115,7 @@ def monitor_of(
     about = {"model": str(opened.manifest.get("name", "model")), "revision": opened.revision}
     return Monitor(read_reference(where), store or store_beside(opened), **{**about, **how})
 
-# %% ../../nbs/7_deployment/38c_watching.ipynb #d38d7e12
+# %% ../../nbs/7_deployment/38c_watching.ipynb #438170de
 def show_monitor(
     folder: ModelFolder | str | Path,
     store: str | Path | WindowStore = "",  # as in `monitor_of`
