@@ -3,7 +3,7 @@
 EfficientNet-Lite0 with a linear head, 224 pixels: PyTorch as it is (evaluation mode, no gradients), the same through torch.compile, and the exports of its model folder on ONNX Runtime, all with the same number of threads, in one
 process, in turn. Each round asks every one of them once, in another order each time, and speeds are compared round by round: the machine may be busy, the comparison stays fair. Beside the times: how far the logits are from PyTorch's.
 
-    python benchmarks/serving_speed.py [--rounds 30] [--batches 1 16] [--threads 2] [--size 224] [--backbone efficientnet_lite0]
+    python benchmarks/serving_speed.py [--rounds 30] [--batches 1 16] [--threads 2] [--size 224] [--backbone efficientnet_lite0] [--no-compile]
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ GOAL = {"1": 2.0, "16": 3.5}  # ONNX Runtime against eager PyTorch, by images at
 Ask = Callable[[torch.Tensor], np.ndarray]
 
 
-def ways(model: Model, folder: Path, threads: int) -> dict[str, Ask]:
+def ways(model: Model, folder: Path, threads: int, *, compiled: bool) -> dict[str, Ask]:
     "The same model, asked in several ways."
-    compiled = torch.compile(model, dynamic=False)
     made = export(model, ["onnx", "onnx-half"], out=folder)
     sessions = {name: made.session(name, threads=threads) for name in made.manifest["exports"]}
 
@@ -43,7 +42,7 @@ def ways(model: Model, folder: Path, threads: int) -> dict[str, Ask]:
 
     return {
         "eager": asked(model),
-        "compiled": asked(compiled),
+        **({"compiled": asked(torch.compile(model, dynamic=False))} if compiled else {}),
         **{name: lambda x, s=s: s({"images": x.numpy()}).logits for name, s in sessions.items()},
     }
 
@@ -83,12 +82,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     model = build_model(a.backbone, Named(("a", "b", "c", "d")), size=a.size, seed=0).eval()
     with tempfile.TemporaryDirectory() as place:
-        how = ways(model, Path(place) / "model", a.threads)
+        how = ways(model, Path(place) / "model", a.threads, compiled=not a.no_compile)
         found = {str(n): measured(how, model.backbone.example(n, seed=n), a.rounds) for n in a.batches}
     reached = {n: found[n]["onnx"]["times_eager"] >= goal for n, goal in GOAL.items() if n in found}
     told = {"goal": GOAL, "reached": reached, "backbone": a.backbone, "size": a.size, "rounds": a.rounds, "threads": a.threads, "batches": found}
