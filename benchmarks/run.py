@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("time_to_accuracy", "loop_overhead", "memory", "duplicates", "texts", "large_table", "parallel_pages", "runner_overhead", "fault_matrix", "false_alarms", "panel_overhead", "panel_memory", "attacks", "adversarial_training", "corruptions", "distillation", "text_student", "students", "explanations")
+ALL = ("time_to_accuracy", "loop_overhead", "memory", "duplicates", "texts", "large_table", "parallel_pages", "runner_overhead", "fault_matrix", "false_alarms", "panel_overhead", "panel_memory", "attacks", "adversarial_training", "corruptions", "distillation", "text_student", "students", "explanations", "serving_speed")
 
 
 def main() -> None:
