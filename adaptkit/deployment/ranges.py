@@ -60,7 +60,8 @@ def counted(
     bins: int,
 ) -> Counts:  # [bins]
     "A histogram; where all values are the same, they are in the first bin."
-    return np.histogram(x, bins, (low, high if high > low else low + 1))[0].astype(np.int64)
+    ends = (low, high if high > low else low + max(1.0, abs(low)))
+    return np.histogram(np.asarray(x, np.float64), bins, ends)[0].astype(np.int64)  # float32 can't tell narrow bins
 
 # %% ../../nbs/7_deployment/16_ranges.ipynb #da5ccc3c
 def observe(
