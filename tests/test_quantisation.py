@@ -21,9 +21,32 @@ from adaptkit.data.datasets import Samples
 from adaptkit.data.texts import Texts, strings
 from adaptkit.deployment.eight_bits import OnnxInt8
 from adaptkit.deployment.equalise import bias_corrected, equalised, pairs_of, rescaled
-from adaptkit.deployment.graphs import Block, chain, flows, layers_of, open_session, parting, read_graph, run, tapped, unshared, weights_of, with_weights
+from adaptkit.deployment.graphs import (
+    Block,
+    chain,
+    flows,
+    layers_of,
+    open_session,
+    parting,
+    read_graph,
+    run,
+    tapped,
+    unshared,
+    weights_of,
+    with_weights,
+)
 from adaptkit.deployment.grids import activation_grid, decibels, paired_product, weight_grid
-from adaptkit.deployment.int8 import NAIVE, Recipe, flowing, logits_of, mended, prepared, quantise, quantise_weights, write_int8
+from adaptkit.deployment.int8 import (
+    NAIVE,
+    Recipe,
+    flowing,
+    logits_of,
+    mended,
+    prepared,
+    quantise,
+    quantise_weights,
+    write_int8,
+)
 from adaptkit.deployment.mixed import rounded_flows, sensitivity, sparing, with_flows, write_mixed
 from adaptkit.deployment.ranges import CALIBRATIONS, Seen, check_calibration, entropy, observe, percentile
 from adaptkit.deployment.sessions import EXPORTERS, check_exporter
