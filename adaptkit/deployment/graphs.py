@@ -52,7 +52,7 @@ def nodes_of(
     clip = make("Clip", [f"conv{i}.out", *ends], [f"act{i}"], name=f"clip{i}")
     return [*made, clip], {**weights, **{k: np.asarray(v) for k, v in ends.items()}}
 
-
+# %% ../../nbs/7_deployment/15_graphs.ipynb #49485d95
 def chain(
     blocks: Sequence[Block],  # one after another
     head: tuple[Reals, Reals],  # weight [K, D] and bias [K] of the classes' layer
@@ -154,7 +154,7 @@ def layers_of(
         found.append(Layer(node.name, node.op_type, *names, axis, told.get("group", 1)))
     return found
 
-
+# %% ../../nbs/7_deployment/15_graphs.ipynb #c8762ce3
 def unshared(
     model: onnx.ModelProto,  # left as it is
 ) -> onnx.ModelProto:
@@ -223,7 +223,7 @@ def flows(
         found = {**batch, **run(session, batch)}
         yield {n: found[n] for n in names}
 
-
+# %% ../../nbs/7_deployment/15_graphs.ipynb #a213d163
 def read_names(
     model: onnx.ModelProto,
 ) -> dict[str, str]:  # by layer

@@ -92,7 +92,7 @@ def mended(
         model = bias_corrected(model, seen, axis=axis, limit=recipe.limit, skip=frozenset(recipe.skip))
     return model, seen
 
-
+# %% ../../nbs/7_deployment/18_int8.ipynb #9951178e
 def write_int8(
     model: onnx.ModelProto,  # mended
     seen: Mapping[str, Seen],  # of all that flows

@@ -158,7 +158,7 @@ def corrected(
     axis, skip = (0 if recipe.by_channel else None), frozenset(recipe.skip)
     return bias_corrected(model, seen, axis=axis, limit=recipe.limit, skip=skip)
 
-
+# %% ../../nbs/7_deployment/19_mixed.ipynb #1c11738a
 def write_mixed(
     model: onnx.ModelProto,  # prepared and equalised, its biases as they were: it is what floating point says
     seen: Mapping[str, Seen],  # what flows in it
