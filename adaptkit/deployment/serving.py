@@ -31,8 +31,8 @@ from ..evaluation.evaluate import predict
 from ..heads.heads import Model
 
 # %% auto #0
-__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'started', 'Running', 'port_of', 'end_process', 'running', 'Shadow',
-           'as_sent', 'shadow']
+__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'beside', 'started', 'Running', 'port_of', 'end_process', 'running',
+           'Shadow', 'as_sent', 'shadow']
 
 # %% ../../nbs/7_deployment/28_serving.ipynb #dbb219c9
 def model_folder(
@@ -88,13 +88,23 @@ def serve(
 PROGRAM = "import sys, json; from adaptkit.deployment.serving import started; started(json.load(sys.stdin))"
 
 
+def beside(
+    folder: Folder,
+) -> Watcher:
+    "The monitor of a model folder; what it notes goes to a file beside the folder."
+    from adaptkit.deployment.watching import monitor_of
+
+    return monitor_of(folder.folder)
+
+
 def started(
     how: Mapping[str, Any],  # arguments of serve, as JSON; the setup as a mapping
 ) -> None:
     "What the other process does."
     limits = Limits(**how["setup"].pop("limits"))
+    known = {name: value for name, value in how.items() if name != "watch"}
     try:
-        serve(**{**how, "setup": Setup(**how["setup"], limits=limits)})
+        serve(**{**known, "setup": Setup(**how["setup"], limits=limits), "monitor": beside if how["watch"] else None})
     except AdaptkitError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
@@ -178,6 +188,7 @@ def running(
     drain: float = 0.2,  # seconds in which new connections are still taken, at the end
     seconds: float = 90.0,  # to wait until it is ready
     port: int = 0,  # 0: any that is free
+    watch: bool = False,  # whether a monitor notes what is answered; the folder has to know what is normal
 ) -> Iterator[Running]:
     "A server in a process of its own, until the block ends."
     how = {
@@ -185,6 +196,7 @@ def running(
         "port": port,
         "token": token,
         "drain": drain,
+        "watch": watch,
         "setup": asdict(setup or Setup()),
     }
     with tempfile.TemporaryDirectory() as place:
