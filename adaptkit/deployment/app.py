@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..core.files import inside
 from ..core.registry import unknown
 from .folder import ModelFolder, open_folder
-from .gate import Call, Gate, Gatekeeping, Reply, Route, as_json
+from .gate import Call, Gatekeeping, Reply, Route, as_json
 from .metrics import Log, Meters, Watcher
 from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object

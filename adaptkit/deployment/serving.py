@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import secrets
 import subprocess
 import sys
 import tempfile
