@@ -21,13 +21,16 @@ from PIL import Image
 from service import Direct, bomb, form, image_folder, picture, text_folder
 
 from adaptkit.core.registry import AdaptkitError
+from adaptkit.data.datasets import Samples
+from adaptkit.data.sources import load_data
 from adaptkit.deployment.app import Service, make_service
 from adaptkit.deployment.batching import Batcher, together
 from adaptkit.deployment.folder import open_folder
 from adaptkit.deployment.gate import Rates, check_token, may_enter
 from adaptkit.deployment.metrics import Log, Meters
 from adaptkit.deployment.requests import Asked, Limits, Refusal, depth_of, read_body
-from adaptkit.deployment.served import Setup
+from adaptkit.deployment.served import Setup, takes
+from adaptkit.deployment.watching import add_reference, monitor_of
 
 ROOT = Path(__file__).parents[1]
 LOG = io.StringIO()
@@ -167,7 +170,7 @@ def test_texts(texts: Service, name: str) -> None:
     assert found == status, told
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(body=st.binary(max_size=400), kind=st.sampled_from(["application/json", "multipart/form-data; boundary=x", "multipart/form-data; boundary=\u00e9", "image/png", "text/plain"]) | st.text(max_size=40))
 def test_whatever_is_sent_is_read_or_refused(body: bytes, kind: str) -> None:
     try:
@@ -176,7 +179,7 @@ def test_whatever_is_sent_is_read_or_refused(body: bytes, kind: str) -> None:
         assert 400 <= e.status < 500 and str(e)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=30))
 def test_depth_is_that_of_the_value(value: object) -> None:
     def deep(v: object) -> int:
@@ -401,6 +404,39 @@ def test_a_monitor_is_told_everything_and_its_numbers_are_shown() -> None:
     text = ask("/metrics")[1].decode()
     assert 'adaptkit_drift{statistic="features.ks"} 0.5' in text and 'statistic="seen"} 6.0' in text and "features.p" not in text
     made.slot.close()
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_real_monitor_sees_requests_and_its_state_is_shown(kind: str, tmp_path: Path) -> None:
+    whole = image_folder() if kind == "image" else text_folder()
+    copytree(whole.folder, tmp_path / "model")
+    if kind == "image":
+        files = np.random.default_rng(0).integers(0, 255, (60, 20, 20, 3), np.uint8)
+        samples = Samples(files, np.arange(60) % 3)
+    else:
+        samples = load_data("support_topics", seed=0).valid.take(range(60))
+    add_reference(tmp_path / "model", samples)
+    monitor = monitor_of(tmp_path / "model", window=20, permutations=99)
+    made = make_service(tmp_path / "model", monitor=lambda folder: monitor, log=Log(LOG))
+    assert takes(monitor) == {"quality", "unreadable"}
+    ask = Direct(made)
+    good, bad = ((picture(), "image/png"), (picture()[:-200], "image/png")) if kind == "image" else ((b"where is my parcel", "text/plain"), (b"", "text/plain"))
+    for _ in range(25):
+        assert ask("/predict", *good)[0] == 200
+    status = ask("/predict", *bad)[0]
+
+    def shown() -> dict[str, float]:
+        lines = re.findall(r'^adaptkit_drift\{statistic="(\S+)"\} (\S+)$', ask("/metrics")[1].decode(), re.MULTILINE)
+        return {name: float(value) for name, value in lines}
+
+    wait_for(lambda: shown().get("monitor_requests_total") == 25 and shown()["monitor_windows_total"] == 1)
+    wait_for(lambda: "drift_p" in shown())
+    assert shown()["monitor_unreadable_total"] == (status == 422) == (kind == "image") and shown()["monitor_broken_total"] == 0
+    (window,) = monitor.recent
+    assert window.rows == 20 and {*window.outside} == ({"brightness", "contrast", "detail"} if kind == "image" else {"characters", "words", "letters"})
+    assert "adaptkit_monitor_failures_total 0.0" in ask("/metrics")[1].decode()
+    made.slot.close()
+    monitor.close()
 
 
 def test_a_full_disk_under_the_monitor_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def test_a_storm_with_a_fifth_malformed(images: Running) -> None:
 
     def client(seed: int) -> None:
         dice = random.Random(seed)
-        for i in range(125):
+        for i in range(50):
             k = dice.randrange(9)
             bad = dice.random() < 0.2
             body, kind = spoilt(dice) if bad else (pictures[k], "image/png")
@@ -152,7 +152,7 @@ def test_a_storm_with_a_fifth_malformed(images: Running) -> None:
         for t in threads:
             t.join(120)
     assert not failures, failures[0]
-    assert sum(statuses.values()) == 1000 and max(statuses) < 500 and 120 < sum(statuses.values()) - statuses[200] < 280
+    assert sum(statuses.values()) == 400 and max(statuses) < 500 and 40 < sum(statuses.values()) - statuses[200] < 130
     half = len(memory) // 2
     assert max(memory[half:]) < 1.05 * max(memory[:half])
 
@@ -198,16 +198,15 @@ class Askers:
 
 
 def test_told_to_end_under_load_nobody_is_lost() -> None:
-    for _ in range(2):
-        with running(image_folder().folder) as up:
-            askers = Askers(up.port, 12)
-            time.sleep(1.0)
-            up.process.terminate()
-            assert up.process.wait(30) == 0
-            heard = askers.end()
-            events = [line["event"] for line in up.lines()]
-        assert {*heard} == {"200", "refused"} and heard["200"] > 12 and heard["refused"] == 12, heard
-        assert events[0] == "started" and events[-1] == "ended"
+    with running(image_folder().folder) as up:
+        askers = Askers(up.port, 12)
+        time.sleep(1.0)
+        up.process.terminate()
+        assert up.process.wait(30) == 0
+        heard = askers.end()
+        events = [line["event"] for line in up.lines()]
+    assert {*heard} == {"200", "refused"} and heard["200"] > 12 and heard["refused"] == 12, heard
+    assert events[0] == "started" and events[-1] == "ended"
 
 
 def test_while_it_ends_it_isnt_ready_and_still_answers() -> None:
@@ -225,33 +224,33 @@ def test_models_change_under_load_and_nobody_is_lost(tmp_path: Path) -> None:
     with running(tmp_path / "first", token=TOKEN) as up:
         askers = Askers(up.port)
         outcomes = []
-        for _ in range(3):
+        for _ in range(2):
             outcomes.append([up.ask("/reload", json.dumps({"folder": n}).encode())[0] for n in ("second", "broken")] + [up.ask("/rollback", b"")[0]])
         os.kill(up.process.pid, 1)  # SIGHUP
         end = time.monotonic() + 20
-        while sum(line.get("outcome") == "changed" for line in up.lines()) < 4 and time.monotonic() < end:
+        while sum(line.get("outcome") == "changed" for line in up.lines()) < 3 and time.monotonic() < end:
             time.sleep(0.1)
         heard = askers.end()
         changed = sum(line.get("outcome") == "changed" for line in up.lines())
-    assert outcomes == [[200, 422, 200]] * 3 and changed == 4
+    assert outcomes == [[200, 422, 200]] * 2 and changed == 3
     assert {*heard} == {"200"} and heard["200"] > 20, heard
 
 
 @pytest.mark.parametrize("which", ["images", "texts"])
-def test_it_keeps_the_word_of_its_description(which: str, request: pytest.FixtureRequest) -> None:
+def test_it_keeps_the_word_of_its_description(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     up: Running = request.getfixturevalue(which)
     tool = Path(sys.executable).with_name("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,response_schema_conformance,unsupported_method,ignored_auth"
-    options = ["--max-examples", "15", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--checks", checks, "--suppress-health-check", "all", "--request-timeout", "30"]
-    done = subprocess.run([str(tool), "run", f"{up.url}openapi.json", *options], capture_output=True, text=True, cwd=SHOTS.parents[1], env={**os.environ, "NO_COLOR": "1"})
+    options = ["--max-examples", "6", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--checks", checks, "--suppress-health-check", "all", "--request-timeout", "30"]
+    done = subprocess.run([str(tool), "run", f"{up.url}openapi.json", *options], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d+ generated", done.stdout) and not [s for s in re.findall(r'"status": (\d+)', up.log.read_text()) if int(s) >= 500]
 
 
-def test_what_cannot_start_says_why(tmp_path: Path) -> None:
+def test_what_cannot_start_says_why(tmp_path: Path, images: Running) -> None:
     with pytest.raises(AdaptkitError, match="run.json|model.json"), running(tmp_path, seconds=60):
         pass
-    with running(image_folder().folder) as up, pytest.raises(AdaptkitError, match="another port"), running(image_folder().folder, port=up.port):
+    with pytest.raises(AdaptkitError, match="another port"), running(image_folder().folder, port=images.port):
         pass
     assert model_folder(image_folder().folder) == image_folder().folder
 
@@ -305,11 +304,11 @@ def test_the_page_for_images(tmp_path: Path) -> None:
         assert tab.locator("#answer").is_hidden() and not wrong, wrong
 
 
-def test_a_file_that_is_dropped(tmp_path: Path) -> None:
-    with running(image_folder().folder) as up, browser() as chrome:
+def test_a_file_that_is_dropped(images: Running) -> None:
+    with browser() as chrome:
         tab = chrome.new_page()
         wrong = watched(tab)
-        tab.goto(up.url)
+        tab.goto(images.url)
         data = tab.evaluate_handle(
             "bytes => { const t = new DataTransfer(); t.items.add(new File([new Uint8Array(bytes)], 'a.png', {type: 'image/png'})); return t }", list(picture(size=(60, 60)))
         )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..core.files import inside
 from ..core.registry import unknown
 from .folder import ModelFolder, open_folder
-from .gate import Call, Gate, Gatekeeping, Reply, Route, as_json
+from .gate import Call, Gatekeeping, Reply, Route, as_json
 from .metrics import Log, Meters, Watcher
 from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object
@@ -163,7 +163,12 @@ class Answering:
         "Which class is it?"
         only(call, "top")
         top = whole_number(call.query.get("top", "5"), "top", most=1000)
-        return as_json(await self.slot.current.predict(await self.parsed(call), top=top))
+        try:
+            return as_json(await self.slot.current.predict(await self.parsed(call), top=top))
+        except Refusal as e:
+            if e.status == 422:
+                self.slot.current.unreadable()
+            raise
 
     async def parsed(self, call: Call) -> Asked:
         "The same as `asked`; large bodies are read beside everything else."

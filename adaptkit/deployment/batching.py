@@ -78,6 +78,7 @@ class Job:
     rows: int
     future: asyncio.Future[Rows]  # of the loop in which somebody waits
     loop: asyncio.AbstractEventLoop
+    texts: Sequence[str] = ()  # as they came, where they are texts
 
     def answer(self, rows: Rows | None, error: BaseException | None) -> None:
         "Hand it over; called in the loop."
@@ -96,7 +97,7 @@ class Job:
             return
 
 # %% ../../nbs/7_deployment/21_batching.ipynb #39a209f7
-Watch = Callable[[Rows, float], None]  # what to do with what was said in how many seconds
+Watch = Callable[[Sequence[Job], Rows, float], None]  # what to do with what was asked, and said in how many seconds
 
 
 def run_jobs(
@@ -123,7 +124,7 @@ def run_jobs(
         job.send(Rows(said.logits[at : at + job.rows], said.features[at : at + job.rows]))
         at += job.rows
     if watch is not None:
-        watch(Rows(said.logits, said.features), seconds)
+        watch(jobs, Rows(said.logits, said.features), seconds)
 
 # %% ../../nbs/7_deployment/21_batching.ipynb #c946e138
 class Batcher:
@@ -148,10 +149,10 @@ class Batcher:
         for thread in self.threads:
             thread.start()
 
-    async def ask(self, inputs: Arrays) -> Rows:
+    async def ask(self, inputs: Arrays, texts: Sequence[str] = ()) -> Rows:
         "What the session says about these inputs, when it is their turn."
         loop, n = asyncio.get_running_loop(), rows_of(inputs)
-        job = Job(inputs, n, loop.create_future(), loop)
+        job = Job(inputs, n, loop.create_future(), loop, texts)
         with self.more:
             check(not self.closed, "This model answers no more: it was closed.")
             if self.rows + n > self.waiting and self.rows:

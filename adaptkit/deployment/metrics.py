@@ -29,7 +29,10 @@ SURE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 class Watcher(Protocol):
     "Something that looks at answers, as a monitor does."
 
-    def observe(self, features: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> Any: ...
+    @property
+    def observe(
+        self,
+    ) -> Callable[..., Any]: ...  # of features [N, D] and logits [N, K]; quality and unreadable, if it takes them
 
     def state(self) -> Mapping[str, Any]: ...
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.registry import AdaptkitError, check
-from .batching import Arrays, Batcher, Rows, Session
+from .batching import Answer, Arrays, Batcher, Job, Rows, Session, together
 from .metrics import Log, Meters, Watcher
 from .requests import Asked, Limits, Refusal
 
 # %% auto #0
-__all__ = ['Opener', 'Folder', 'softmax', 'answers', 'Setup', 'sample', 'try_out', 'Served', 'Slot']
+__all__ = ['Opener', 'Folder', 'softmax', 'answers', 'Setup', 'sample', 'try_out', 'takes', 'quality_of', 'Served', 'Slot']
 
 # %% ../../nbs/7_deployment/23_served.ipynb #741ab6c8
 class Folder(Protocol):
@@ -107,7 +108,7 @@ def sample(
 def try_out(
     folder: Folder,
     session: Session,
-) -> None:
+) -> Answer:
     "Let a model answer once before anybody asks it."
     said = session(folder.read([sample(folder.kind)] * 2))
     shape, wanted = np.shape(said.logits), (2, len(folder.classes))
@@ -117,6 +118,24 @@ def try_out(
     )
     fine = bool(np.isfinite(said.logits).all())
     check(fine, f"The model in {folder.folder} answers with numbers that are not finite: export it again.")
+    return said
+
+# %% ../../nbs/7_deployment/23_served.ipynb #e2b9d46d
+def takes(
+    watcher: Watcher | None,
+) -> frozenset[str]:  # names of arguments
+    "What a monitor wants to know besides features and logits."
+    known = inspect.signature(watcher.observe).parameters if watcher is not None else ()
+    return frozenset(known) & {"quality", "unreadable"}
+
+
+def quality_of(
+    jobs: Sequence[Job],
+) -> Mapping[str, npt.NDArray[np.float64]]:  # by the name of what was measured
+    "What is measured on requests."
+    from adaptkit.deployment.watching import request_quality
+
+    return request_quality(together([job.inputs for job in jobs]), [t for job in jobs for t in job.texts])
 
 # %% ../../nbs/7_deployment/23_served.ipynb #beb77c7c
 class Served:
@@ -132,7 +151,9 @@ class Served:
     ) -> None:
         self.folder, self.setup, self.meters, self.watcher = folder, setup, meters, watcher
         session = folder.session(setup.export, threads=setup.threads)
-        try_out(folder, session)
+        said = try_out(folder, session)
+        self.nothing = Rows(said.logits[:0], said.features[:0])
+        self.more = takes(watcher)  # that the monitor wants to know
         more: dict[str, Any] = {"workers": setup.workers, "waiting": setup.limits.waiting, "watch": self.watch}
         self.batcher = Batcher(session, most=setup.batch, **more)
         self.readers = ThreadPoolExecutor(setup.readers, thread_name_prefix="reader")
@@ -147,18 +168,30 @@ class Served:
         "What an answer says about the model."
         return {"name": self.name, "revision": self.folder.revision, "calibrated": self.folder.temperature is not None}
 
-    def watch(self, rows: Rows, seconds: float) -> None:
+    def watch(self, jobs: Sequence[Job], rows: Rows, seconds: float) -> None:
         "Tell the meters and the monitor; called when the answer is on its way."
         if self.meters is not None:
             self.meters.ran(rows, seconds)
             self.meters.answered(tuple(self.folder.classes), softmax(rows.logits, self.folder.temperature))
-        if self.watcher is not None:
-            try:
-                self.watcher.observe(rows.features, rows.logits)
-            except Exception as e:  # a full disk under the monitor must not end the service; it is counted and told
-                if self.meters is not None:
-                    self.meters.failures.inc()
-                Log().write("monitor", error=type(e).__name__)
+        self.tell(rows, jobs=jobs)
+
+    def tell(self, rows: Rows, *, jobs: Sequence[Job] = (), **more: Any) -> None:
+        "Tell the monitor."
+        if self.watcher is None:
+            return
+        try:
+            if jobs and "quality" in self.more:
+                more["quality"] = quality_of(jobs)
+            self.watcher.observe(rows.features, rows.logits, **more)
+        except Exception as e:  # a full disk under the monitor must not end the service; it is counted and told
+            if self.meters is not None:
+                self.meters.failures.inc()
+            Log().write("monitor", error=type(e).__name__)
+
+    def unreadable(self) -> None:
+        "Tell the monitor of a request in which something could not be read."
+        if "unreadable" in self.more:
+            self.tell(self.nothing, unreadable=1)
 
     async def read(self, asked: Asked) -> Arrays:
         "Unpack what was sent, beside everything else."
@@ -174,7 +207,8 @@ class Served:
         "What the model says about what was sent."
         self.users += 1
         try:
-            return await self.batcher.ask(await self.read(asked))
+            texts = [str(t) for t in asked.items] if asked.kind == "text" else []
+            return await self.batcher.ask(await self.read(asked), texts)
         finally:
             self.users -= 1
 

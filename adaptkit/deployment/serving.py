@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ from ..evaluation.evaluate import predict
 from ..heads.heads import Model
 
 # %% auto #0
-__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'started', 'Running', 'port_of', 'end_process', 'running', 'Shadow',
-           'as_sent', 'shadow']
+__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'beside', 'started', 'Running', 'port_of', 'end_process', 'running',
+           'Shadow', 'as_sent', 'shadow']
 
 # %% ../../nbs/7_deployment/28_serving.ipynb #dbb219c9
 def model_folder(
@@ -88,13 +87,23 @@ def serve(
 PROGRAM = "import sys, json; from adaptkit.deployment.serving import started; started(json.load(sys.stdin))"
 
 
+def beside(
+    folder: Folder,
+) -> Watcher:
+    "The monitor of a model folder; what it notes goes to a file beside the folder."
+    from adaptkit.deployment.watching import monitor_of
+
+    return monitor_of(folder.folder)
+
+
 def started(
     how: Mapping[str, Any],  # arguments of serve, as JSON; the setup as a mapping
 ) -> None:
     "What the other process does."
     limits = Limits(**how["setup"].pop("limits"))
+    known = {name: value for name, value in how.items() if name != "watch"}
     try:
-        serve(**{**how, "setup": Setup(**how["setup"], limits=limits)})
+        serve(**{**known, "setup": Setup(**how["setup"], limits=limits), "monitor": beside if how["watch"] else None})
     except AdaptkitError as e:
         print(e, file=sys.stderr)
         sys.exit(2)
@@ -178,6 +187,7 @@ def running(
     drain: float = 0.2,  # seconds in which new connections are still taken, at the end
     seconds: float = 90.0,  # to wait until it is ready
     port: int = 0,  # 0: any that is free
+    watch: bool = False,  # whether a monitor notes what is answered; the folder has to know what is normal
 ) -> Iterator[Running]:
     "A server in a process of its own, until the block ends."
     how = {
@@ -185,6 +195,7 @@ def running(
         "port": port,
         "token": token,
         "drain": drain,
+        "watch": watch,
         "setup": asdict(setup or Setup()),
     }
     with tempfile.TemporaryDirectory() as place:
@@ -246,7 +257,8 @@ def shadow(
     allowed: float = 1e-4,  # difference of a probability
 ) -> Shadow:
     "Ask the server and the notebook's model the same."
-    z = predict(model, samples).logits.astype(np.float64) / (temperature or 1.0)
+    unlabelled = replace(samples, labels=np.zeros(len(samples), np.int64))  # nobody is asked what is right
+    z = predict(model, unlabelled).logits.astype(np.float64) / (temperature or 1.0)
     e = np.exp(z - z.max(1, keepdims=True))
     wanted, gap, flipped = e / e.sum(1, keepdims=True), 0.0, 0
     for i, row in enumerate(wanted):
@@ -256,5 +268,5 @@ def shadow(
         answer = json.loads(told)["answers"][0]
         given = {c["class"]: c["probability"] for c in answer["classes"]}
         flipped += answer["class"] != model.classes[int(row.argmax())]
-        gap = max(gap, *(abs(given[c] - p) for c, p in zip(model.classes, row, strict=True) if c in given))
+        gap = max(gap, *(float(abs(given[c] - p)) for c, p in zip(model.classes, row, strict=True) if c in given))
     return Shadow(len(wanted), flipped, gap, allowed)
