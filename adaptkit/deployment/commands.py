@@ -135,7 +135,7 @@ def watcher(
 @FOLDER
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for other machines.")
 @click.option("--port", default=8000, show_default=True, help="0: any that is free.")
-@click.option("--token", envvar="ADAPTKIT_SERVE_TOKEN", help="That requests need; by default none, on this machine.")
+@click.option("--token", envvar="ADAPTKIT_TOKEN", help="That requests need; by default none, on this machine.")
 @click.option("--no-token", is_flag=True, help="Let everybody in, also from other machines.")
 @click.option("--export", "chosen", default="", help="Which export answers; by default onnx.")
 @click.option("--threads", default=0, show_default=True, help="Of a session; 0: all cores.")

@@ -21,7 +21,24 @@ from .sessions import EXPORTERS, Feeds, OnnxSession, Session, feeds
 from ..heads.heads import Model
 
 # %% auto #0
-__all__ = ['told_of', 'some_rows', 'write_images', 'write_texts', 'OnnxInt8']
+__all__ = ['EightBits', 'told_of', 'some_rows', 'write_images', 'write_texts', 'OnnxInt8']
+
+# %% ../../nbs/7_deployment/19b_eight_bits.ipynb #b6d25a1a
+@dataclass(frozen=True)
+class EightBits:
+    "How a model is brought to eight bits."
+
+    recipe: Recipe = field(default_factory=lambda: Recipe(equalise="flow", correct=True))
+    most: float = 0.01  # accuracy that may be lost on validation samples, 0 to below 1
+    calibrate: int = 64  # validation images that are watched, at least 1
+    ask: int = 500  # validation samples that are asked, at least 1
+    seed: int = 0  # of the draws
+    opset: int = 20  # version of the operators, 18 or more
+
+    def __post_init__(self) -> None:
+        check(0 <= self.most < 1, f"most={self.most}: the accuracy that may be lost is a share, from 0 to below 1.")
+        for name in ("calibrate", "ask"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least one sample is needed.")
 
 # %% ../../nbs/7_deployment/19b_eight_bits.ipynb #af9dfdb0
 def told_of(
@@ -47,7 +64,7 @@ def write_images(
     graph: Any,  # an ONNX model
     path: Path,
     *,
-    how: OnnxInt8,
+    how: EightBits,
     model: Model,  # that knows how images are read
     samples: Samples,  # of the validation split
 ) -> dict[str, Any]:  # for the manifest
@@ -73,7 +90,7 @@ def write_texts(
     graph: Any,  # an ONNX model
     path: Path,
     *,
-    how: OnnxInt8,
+    how: EightBits,
     model: Model,  # that knows how texts are read
     samples: Samples | None,  # of the validation split; None: nobody knows what is lost
 ) -> dict[str, Any]:  # for the manifest
@@ -99,24 +116,12 @@ def write_texts(
 # %% ../../nbs/7_deployment/19b_eight_bits.ipynb #7aefe98e
 @EXPORTERS.register("onnx-int8")
 @dataclass(frozen=True)
-class OnnxInt8:
+class OnnxInt8(EightBits):
     "A graph for ONNX Runtime in eight bits."
-
-    recipe: Recipe = field(default_factory=lambda: Recipe(equalise="flow", correct=True))
-    most: float = 0.01  # accuracy that may be lost on validation samples, 0 to below 1
-    calibrate: int = 64  # validation images that are watched, at least 1
-    ask: int = 500  # validation samples that are asked, at least 1
-    seed: int = 0  # of the draws
-    opset: int = 20  # version of the operators, 18 or more
 
     name: ClassVar[str] = "onnx-int8"
     file: ClassVar[str] = "model-int8.onnx"
     allowed: ClassVar[float] = 1.0  # random pixels aren't what it was calibrated for
-
-    def __post_init__(self) -> None:
-        check(0 <= self.most < 1, f"most={self.most}: the accuracy that may be lost is a share, from 0 to below 1.")
-        for name in ("calibrate", "ask"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: at least one sample is needed.")
 
     def write(self, model: Model, path: Path, *, samples: Samples | None = None) -> dict[str, Any]:
         there = samples is not None and len(samples) > 0
