@@ -181,5 +181,5 @@ def home_html(scene: Scene) -> str:
     return (
         "".join(links)
         + note
-        + "<p>A server for the model and a monitor that watches it are not part of the kit yet.</p>"
+        + "<p>Where the run folder lies, <code>adaptkit serve</code> lets others ask the model, and watches it.</p>"
     )
