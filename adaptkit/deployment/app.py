@@ -25,6 +25,7 @@ from .page import demo_page, policy
 from .requests import Asked, Refusal, demand, read_body, read_object
 from .schema import description
 from .served import Folder, Opener, Setup, Slot
+from ..models.sources import sha256
 
 # %% auto #0
 __all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Answering', 'Service', 'make_service']
@@ -70,6 +71,12 @@ class Explaining:
         from adaptkit.explanation.finished import why
 
         if folder.revision not in self.models:
+            same = sha256(folder.folder / "model.safetensors")[:12] == folder.revision
+            demand(
+                same,
+                "Other weights lie in the folder than those that answer: let the server read it again.",
+                status=409,
+            )
             self.models = {folder.revision: folder.model()}
         arrays = folder.read([item])
         asked = torch.from_numpy(arrays["images"]) if folder.kind == "image" else [item]
@@ -164,7 +171,8 @@ class Answering:
         only(call, "top")
         top = whole_number(call.query.get("top", "5"), "top", most=1000)
         try:
-            return as_json(await self.slot.current.predict(await self.parsed(call), top=top))
+            asked = await self.parsed(call)  # meanwhile another model may have come
+            return as_json(await self.slot.current.predict(asked, top=top))
         except Refusal as e:
             if e.status == 422:
                 self.slot.current.unreadable()
@@ -179,7 +187,8 @@ class Answering:
     async def explain(self, call: Call) -> Reply:
         "What speaks for it?"
         only(call, "target")
-        served, asked = self.slot.current, await self.parsed(call)
+        asked = await self.parsed(call)
+        served = self.slot.current
         folder, target = served.folder, call.query.get("target")
         demand(
             self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409

@@ -24,6 +24,7 @@ def ready(
     *,
     data: str = "",  # where the data of the run are; empty: the name that the run has recorded
     watch: bool = True,  # whether it has to know what is normal
+    chosen: str = "",  # which of its exports answers; empty: the usual one
 ) -> tuple[ModelFolder, str]:  # and why it can't be watched, if so
     "A model folder that answers and, where that is possible, can be watched; made if it isn't there."
     from adaptkit.deployment.export import export
@@ -34,31 +35,34 @@ def ready(
     inside = Path(path) / "model"
     here = next((p for p in (Path(path), inside) if is_model_folder(p)), None)
     folder = open_folder(here) if here else export(path, data=data)
-    if not watch or has_reference(folder):
+    if not watch or has_reference(folder, export=chosen):
         return folder, ""
-    told = watched(folder, path, data=data)
+    told = watched(folder, path, data=data, export=chosen)
     return open_folder(folder.folder), told
 
-
+# %% ../../nbs/7_deployment/60_commands.ipynb #98bd24ef
 def watched(
     folder: ModelFolder,  # gets the reference
     path: str | Path,  # of the run
     *,
     data: str,  # where the data of the run are; empty: the name that the run has recorded
+    export: str = "",  # which of its exports answers; empty: the usual one
 ) -> str:  # why it can't be watched; empty if it can
     "Put what is normal into a model folder, where the data are at hand."
     from adaptkit.core.registry import AdaptkitError
-    from adaptkit.deployment.watching import add_reference
+    from adaptkit.deployment.watching import add_reference, has_reference
     from adaptkit.explanation.finished import stored_data
     from adaptkit.training.runs import open_run
 
+    if has_reference(folder, export=export):
+        return ""
     if not (Path(path) / "run.json").is_file():
         return f"It can't be watched: {path} is no run, so nobody knows its validation samples."
     found, missing = stored_data(open_run(path), data)
     if found is None:
         return missing.replace("Neither calibrated nor checked", "Not watched")
     try:
-        add_reference(folder, found)
+        add_reference(folder, found, export=export)
     except AdaptkitError as e:  # it answers all the same, and this is said
         return f"Not watched: {e}"
     return ""
@@ -121,16 +125,19 @@ def watcher(
     *,
     window: int,  # requests in one window
     level: float,  # share of clean windows that may raise an alarm
+    export: str,  # which of its exports answers; empty: the usual one
 ) -> Any:  # makes the monitor of a model folder; None where it doesn't know what is normal
     "How each model that is served gets its monitor."
     from adaptkit.deployment.watching import has_reference, monitor_of
 
     def made(folder: ModelFolder) -> Any:
-        return monitor_of(folder, store, window=window, level=level) if has_reference(folder) else None
+        if not has_reference(folder, export=export):
+            return None
+        return monitor_of(folder, store, export=export, window=window, level=level)
 
     return made
 
-
+# %% ../../nbs/7_deployment/60_commands.ipynb #0d6a9cd8
 @click.command("serve")
 @FOLDER
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for other machines.")
@@ -151,9 +158,10 @@ def serve_command(folder: Path, data: str, no_token: bool, **how: Any) -> None:
     from adaptkit.deployment.serving import serve
 
     watch, kept = how.pop("monitor"), {name: how.pop(name) for name in ("store", "window", "level")}
-    made = watcher(kept.pop("store"), **kept) if watch else None
-    setup = Setup(export=how.pop("chosen"), threads=how.pop("threads"), batch=how.pop("batch"))
-    found, told = ready(folder, data=data, watch=watch)
+    chosen = how.pop("chosen")
+    made = watcher(kept.pop("store"), export=chosen, **kept) if watch else None
+    setup = Setup(export=chosen, threads=how.pop("threads"), batch=how.pop("batch"))
+    found, told = ready(folder, data=data, watch=watch, chosen=chosen)
     if told:
         click.echo(told, err=True)
     how["token"] = "" if no_token else how["token"]

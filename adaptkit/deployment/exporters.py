@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 import tempfile
 import zipfile
@@ -29,9 +30,9 @@ from ..models.fusing import fused
 from ..models.stages import pooled
 
 # %% auto #0
-__all__ = ['DIM', 'FREE', 'HALF', 'SYMBOL', 'Answering', 'OfImages', 'OfTexts', 'answering', 'trial', 'following', 'stripped',
-           'graph_of', 'write_graph', 'Onnx', 'graph_beside', 'with_half_weights', 'OnnxHalf', 'archive_trouble',
-           'TorchSession', 'Torch']
+__all__ = ['DIM', 'FREE', 'HALF', 'SYMBOL', 'FORMULA', 'Answering', 'OfImages', 'OfTexts', 'answering', 'trial', 'following',
+           'stripped', 'graph_of', 'write_graph', 'Onnx', 'graph_beside', 'with_half_weights', 'OnnxHalf', 'entries_of',
+           'trouble_in', 'archive_trouble', 'TorchSession', 'Torch']
 
 # %% ../../nbs/7_deployment/11_exporters.ipynb #c640f6b8
 class Answering(nn.Module):
@@ -228,6 +229,29 @@ class OnnxHalf:
 
 # %% ../../nbs/7_deployment/11_exporters.ipynb #36a7c026
 SYMBOL = r"Symbol\('\w+'(, \w+=(True|False))*\)"  # a length that is free, as SymPy writes it
+FORMULA = r"(?:s|Max|Min|Mod|FloorDiv|Integer|int_oo|oo|\d+|[\s+*/(),<>=-])*"  # what is made of such lengths
+
+
+def entries_of(
+    value: Any,  # of JSON
+) -> Iterator[tuple[str, Any]]:  # key and value, at any depth
+    "All that has a name."
+    if isinstance(value, dict):
+        yield from value.items()
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from entries_of(part)
+
+
+def trouble_in(
+    value: Any,  # of a JSON file in an archive
+) -> str:  # empty where all is well
+    "What could run code when PyTorch reads it."
+    for key, told in entries_of(value):
+        if key == "use_pickle" and told:
+            return "asks for a pickle"
+        if key == "expr_str" and not re.fullmatch(FORMULA, re.sub(SYMBOL, "s", str(told))):
+            return f"has the expression {str(told)[:40]!r}"
+    return ""
 
 
 def archive_trouble(
@@ -239,14 +263,10 @@ def archive_trouble(
             for item in archive.infolist():
                 if item.filename.endswith((".pt", ".pkl")) and item.file_size:
                     return f"{item.filename} is a pickle"
-                text = archive.read(item).decode() if item.filename.endswith(".json") else ""
-                if re.search(r'"use_pickle":\s*true', text):
-                    return f"{item.filename} asks for a pickle"
-                terms = [re.sub(SYMBOL, "s", t) for t in re.findall(r'"expr_str":\s*"((?:[^"\\]|\\.)*)"', text)]
-                odd = [t for t in terms if "__" in t or not re.fullmatch(r"[\w\s+*/(),<>=-]*", t)]
-                if odd:
-                    return f"{item.filename} has the expression {odd[0][:40]!r}"
-    except (zipfile.BadZipFile, UnicodeDecodeError, OSError) as e:
+                told = trouble_in(json.loads(archive.read(item))) if item.filename.endswith(".json") else ""
+                if told:
+                    return f"{item.filename} {told}"
+    except (zipfile.BadZipFile, ValueError, RecursionError, OSError) as e:
         return f"it can't be read ({e})"
     return ""
 

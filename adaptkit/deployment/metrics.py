@@ -149,7 +149,7 @@ class Log:
         now = self.clock()
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         line = json.dumps({"time": f"{when}.{int(now % 1 * 1000):03}Z", "event": event, **about}, ensure_ascii=False)
-        print(line, file=self.stream or sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=self.stream or sys.stderr, flush=True)  # one write: lines stay whole
 
     def request(
         self,

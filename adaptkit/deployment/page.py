@@ -78,7 +78,9 @@ async function why() {
   const mine = ++shown; $("error").textContent = ""; busy(true);
   try {
     const reply = await ask("explain", kind === "text" ? "application/json" : "image/png");
-    if (kind === "text") words(await reply.json()); else picture(await reply.blob());
+    const told = kind === "text" ? await reply.json() : await reply.blob();
+    if (mine !== shown) return;
+    if (kind === "text") words(told); else picture(told);
   } catch (e) { if (mine === shown) $("error").textContent = e.message; }
   finally { if (mine === shown) busy(false); }
 }

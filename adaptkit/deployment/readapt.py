@@ -238,7 +238,9 @@ def adopt(
         fine,
         f"{place} is a folder, not a link, and won't be replaced: choose another name for what serves, e.g. {link.with_name('current')}.",
     )
-    history = adopted(link)
+    history, now = adopted(link), [str(link.resolve())] if link.is_symlink() else []
+    history += now if now != history[-1:] else []  # also what somebody has linked by hand
+    history = history[:-1] if history[-1:] == [str(target)] else history
     write_json(link.with_name(f"{link.name}.json"), {"version": 1, "adopted": [*history, str(target)]})
     point(link, target)
     return link

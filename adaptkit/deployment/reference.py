@@ -20,8 +20,8 @@ from .two_samples import Pool, median_distance
 from ..evaluation.metrics import Floats, Predictions
 
 # %% auto #0
-__all__ = ['TENSORS', 'VERSION', 'softmax', 'principal', 'Reference', 'checked_rows', 'make_reference', 'write_reference',
-           'quantiles', 'read_reference']
+__all__ = ['TENSORS', 'VERSION', 'softmax', 'principal', 'stored', 'Reference', 'checked_rows', 'make_reference',
+           'write_reference', 'quantiles', 'read_reference']
 
 # %% ../../nbs/7_deployment/34_reference.ipynb #1cdc377c
 def softmax(
@@ -45,6 +45,16 @@ def principal(
     kept = min(dims, int((spread > 1e-6 * max(float(spread[0]), 1e-12)).sum()))
     check(kept > 0, "All features are the same for every sample: there is nothing that could drift.")
     return centre, directions[:kept].T / spread[:kept]
+
+
+def stored(
+    values: npt.ArrayLike,
+    *,
+    digits: int | None = None,  # behind the point; None: all of them
+) -> Floats:
+    "Values as a file holds them, in 32 bits: what is compared has to be rounded alike."
+    short = np.asarray(values, np.float32)
+    return np.asarray(short if digits is None else np.round(short, digits), np.float64)
 
 # %% ../../nbs/7_deployment/34_reference.ipynb #7d599cc0
 @dataclass(frozen=True, eq=False)
@@ -77,11 +87,12 @@ class Reference:
 
     def project(self, features: npt.ArrayLike) -> Floats:  # [N, D] to [N, d]
         "Features along the kept directions."
-        return np.asarray((np.asarray(features, np.float64) - self.centre) @ self.directions)
+        return stored((np.asarray(features, np.float64) - self.centre) @ self.directions)
 
     def pool(self, features: Floats, probabilities: Floats, out: Floats) -> Pool:
-        "One heap: the reference, then a window of projected features."
-        x, p = np.concatenate([self.features, features]), np.concatenate([self.probabilities, probabilities])
+        "One heap: the reference, then a window of projected features; what is equal but for rounding is equal."
+        x = stored(np.concatenate([self.features, features]), digits=4)
+        p = stored(np.concatenate([self.probabilities, probabilities]), digits=5)
         return Pool(x, p, np.concatenate([self.outside, out]), self.scale)
 
     @property
@@ -131,13 +142,13 @@ def make_reference(
     x, order = checked_rows(features, said, measured), np.random.default_rng(seed).permutation(len(said))
     look, compare = np.split(order, [max(20, round(share * len(order)))])
     look, compare = look[:1000], np.sort(compare[:keep])
-    centre, directions = principal(x[look], dims)
+    centre, directions = (stored(v) for v in principal(x[look], dims))
     ranges = quality_ranges({name: v[look] for name, v in measured.items()})
     out = outside({name: v[compare] for name, v in measured.items()}, ranges, rows=len(compare))
     counts = np.sum([flags for flags in out.values()], axis=0) if out else np.zeros(len(compare))
     p, right = softmax(said.logits, temperature), (said.predicted == said.labels).astype(np.float64)
     scale = median_distance((x[look] - centre) @ directions)
-    rows = (x[compare] - centre) @ directions
+    rows = stored((x[compare] - centre) @ directions)
     kept = (centre, directions, rows, p[compare], counts.astype(np.float64))
     return Reference(said.classes, *kept, scale, ranges, p.max(axis=1), right, temperature)
 

@@ -22,9 +22,9 @@ from ..core.registry import AdaptkitError, check, unknown
 from ..data.images import FORMATS, LEAST_SIDE, reason
 
 # %% auto #0
-__all__ = ['QUOTED', 'FIELDS', 'TYPES', 'Limits', 'Refusal', 'demand', 'depth_of', 'no_number', 'read_object', 'Asked',
-           'from_base64', 'from_json', 'field_of', 'parts_of', 'from_form', 'plain', 'read_body', 'check_items',
-           'check_text', 'check_image']
+__all__ = ['QUOTED', 'NO_BRACKETS', 'FIELDS', 'HEADERS', 'TYPES', 'HEADED', 'Limits', 'Refusal', 'demand', 'depth_of',
+           'no_number', 'read_object', 'Asked', 'from_base64', 'from_json', 'field_of', 'parts_of', 'from_form',
+           'plain', 'read_body', 'check_items', 'check_text', 'check_image']
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #d15e1f68
 @dataclass(frozen=True)
@@ -76,11 +76,14 @@ def demand(
 QUOTED = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # runs over the bytes once, whatever they are
 
 
+NO_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
+
+
 def depth_of(
     body: bytes,  # JSON, or something that wants to be
 ) -> int:
     "How many brackets are open at once, at most; those in strings don't count."
-    bare = np.frombuffer(QUOTED.sub(b"", body), np.uint8)
+    bare = np.frombuffer(QUOTED.sub(b"", body).translate(None, NO_BRACKETS), np.uint8)
     steps = np.isin(bare, (91, 123)).astype(np.int32) - np.isin(bare, (93, 125))  # [ and {, ] and }
     return int(np.cumsum(steps).max(initial=0))
 
@@ -105,10 +108,7 @@ def read_object(
         raise Refusal(400, f"The body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}.") from e
     except ValueError as e:  # NaN, or a whole number of thousands of digits
         raise Refusal(400, f"The JSON holds something that can't be read: {str(e)[:60]}.") from e
-    demand(
-        isinstance(value, dict),
-        f'The JSON is a {type(value).__name__}: it must be an object such as {{"text": "..."}}.',
-    )
+    demand(isinstance(value, dict), f"The JSON is a {type(value).__name__}: it must be an object, with a field text.")
     return dict(value)
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #110d4817
@@ -132,9 +132,7 @@ def from_base64(
     try:
         return base64.b64decode(bare, validate=True)
     except (binascii.Error, ValueError) as e:
-        raise Refusal(
-            400, "An image in JSON must be base64, and this is not: send the file itself, or encode it."
-        ) from e
+        raise Refusal(400, "An image in JSON must be base64, and this is not: send the file itself.") from e
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #aeecb475
 def from_json(
@@ -159,10 +157,14 @@ def from_json(
     return Asked(kind, tuple(map(from_base64, texts)) if kind == "image" else tuple(texts), many)
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #1f37822d
+HEADERS = 1024  # bytes of the headers of a part; reading them takes long where they are long
+
+
 def field_of(
     head: bytes,  # headers of a part of a form
 ) -> str:  # empty if there is none
     "The name of the field; the name of the file is not read."
+    demand(len(head) <= HEADERS, f"A part of the form has headers of over {HEADERS} bytes: send shorter ones.")
     for line in head.decode("utf-8", "replace").split("\r\n"):
         name, _, value = line.partition(":")
         if name.strip().lower() == "content-disposition":
@@ -202,10 +204,7 @@ def from_form(
     names = {name for name, _ in parts}
     for name in sorted(names - {"image", "text"}):
         raise Refusal(400, str(unknown("part of the form", name[:40], ("image", "text"))))
-    demand(
-        len(names) == 1,
-        "The form has both images and texts, or nothing: send parts called image, or parts called text.",
-    )
+    demand(len(names) == 1, "The form has both images and texts, or nothing: send parts called image, or text.")
     items = [content if name == "image" else plain(content) for name, content in parts]
     return Asked(names.pop(), tuple(items), len(items) > 1)
 
@@ -229,6 +228,7 @@ def read_body(
     limits: Limits,
 ) -> Asked:
     "The inputs of a request, checked."
+    demand(len(content_type) <= 512, "The content type has over 512 characters: send a shorter one.")
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
         asked = from_json(body, limits)
@@ -283,6 +283,11 @@ def check_text(
     demand(whole, f"{name} has characters that belong to no writing (NUL, or half a pair): take them out.")
 
 # %% ../../nbs/7_deployment/20_requests.ipynb #7c431b8d
+HEADED = tuple(
+    f for f in FORMATS if f != "ICO"
+)  # of which the size stands in the first bytes; an ICO is unpacked for it
+
+
 def check_image(
     file: bytes,
     name: str,  # what a sentence calls it
@@ -292,7 +297,7 @@ def check_image(
     "Refuse a file that is no image, or claims to be a huge one; only its first bytes are read."
     demand(len(file) > 0, f"{name} is empty (0 bytes): send it again.")
     try:
-        with Image.open(BytesIO(file), formats=FORMATS) as image:
+        with Image.open(BytesIO(file), formats=HEADED) as image:
             width, height = image.size
     except Exception as e:  # damaged files raise nearly everything
         raise Refusal(422, f"{name} can't be read: {reason(e)}.") from e

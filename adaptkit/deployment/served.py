@@ -224,6 +224,8 @@ class Served:
             time.sleep(0.01)
         self.batcher.close()
         self.readers.shutdown()
+        if hasattr(self.watcher, "close"):  # what it still has to judge and to write
+            self.watcher.close()
 
 # %% ../../nbs/7_deployment/23_served.ipynb #575bd734
 Opener = Callable[[Path], Folder]  # raises AdaptkitError if the folder isn't as it should be

@@ -119,8 +119,15 @@ def shut_door(
     "From now on the system makes no new connections here; those that were made wait to be accepted."
     if not sys.platform.startswith("linux"):
         return False
-    nothing = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # one instruction: return 0 bytes
-    sock.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(nothing)))  # SO_ATTACH_FILTER
+    # flags of TCP; if SYN is among them: nothing; otherwise: all of the packet
+    program = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+    steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    try:
+        sock.setsockopt(
+            socket.SOL_SOCKET, 26, struct.pack("HL", len(program), ctypes.addressof(steps))
+        )  # SO_ATTACH_FILTER
+    except OSError:  # some sandboxes have no filters: then a few may come too late
+        return False
     return True
 
 # %% ../../nbs/7_deployment/27b_server.ipynb #583dc803
@@ -158,7 +165,7 @@ class PoliteServer(uvicorn.Server):
     async def reread(self) -> None:
         "What SIGHUP does."
         try:
-            await asyncio.to_thread(self.service.slot.load, self.service.slot.path)
+            await asyncio.to_thread(self.service.slot.load, self.service.slot.current.folder.folder)
         except AdaptkitError as e:  # the slot has counted and logged it
             self.service.keeping.log.write("reload", outcome="refused", reason=str(e))
 
@@ -198,8 +205,8 @@ def bound(
 ) -> socket.socket:
     "A socket that listens there, or a sentence."
     check(0 <= port <= 65535, f"port={port}: a port is a number from 0 to 65535.")
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as e:

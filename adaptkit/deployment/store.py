@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -145,12 +146,15 @@ class Store:
         from sqlalchemy import inspect
         from sqlalchemy.exc import SQLAlchemyError
 
-        try:
-            self.tables.create_all(self.engine)
-        except SQLAlchemyError:
-            missing = {*self.tables.tables} - {*inspect(self.engine).get_table_names()}
-            if missing:
-                raise
+        for attempt in range(6):
+            try:
+                self.tables.create_all(self.engine)
+                break
+            except SQLAlchemyError:
+                missing = {*self.tables.tables} - {*inspect(self.engine).get_table_names()}
+                if missing and attempt == 5:
+                    raise
+                time.sleep(0.05 * attempt)
         self.made = True
 
     def write(self, windows: Sequence[Window], kept: Sequence[Kept] = ()) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.registry import check
-from .reference import Reference
+from .reference import Reference, stored
 from ..evaluation.metrics import Floats
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def atc_limit(
 ) -> float:  # a confidence
     "The confidence below which there are as many answers as are wrong (Garg 2022)."
     wrong = round(float((1 - right).sum()))
-    return float(np.sort(confidence)[wrong]) if wrong < len(confidence) else float(np.inf)
+    return float(np.sort(stored(confidence, digits=5))[wrong]) if wrong < len(confidence) else float(np.inf)
 
 
 def atc(
@@ -39,7 +39,7 @@ def atc(
     limit: float,  # from `atc_limit`
 ) -> float:  # an accuracy
     "The share of answers that are at least so sure."
-    return float((confidence >= limit).mean())
+    return float((stored(confidence, digits=5) >= limit).mean())
 
 
 def doc(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.files import read_json, write_json
 from ..core.registry import check
 from ..data.datasets import Data, Samples, batches
 from .asking import Asked
@@ -59,7 +60,7 @@ def add_reference(
     folder: ModelFolder | str | Path,  # changed on disk
     data: Data | Samples,  # validation data: the valid part of data, or samples with labels
     *,
-    export: str = "",  # which of its exports answers; empty: the usual one
+    export: str = "",  # which of its exports answers, here and at work; empty: the usual one
     error: Mapping[str, float] | None = None,  # of the estimated accuracy, from a power curve
     **how: Any,  # dims, keep, share, seed: as in `make_reference`
 ) -> Reference:
@@ -79,15 +80,21 @@ def add_reference(
     made = Reference(**{**vars(made), "error": error}) if error else made
     with changing(opened.folder) as part:
         write_reference(made, part)
+        answered = {"export": export or str(opened.manifest.get("default", ""))}
+        write_json(part / "model.json", {**read_json(part / "model.json"), "reference": answered})
     return made
 
-
+# %% ../../nbs/7_deployment/38c_watching.ipynb #fa822e6e
 def has_reference(
     folder: ModelFolder | str | Path,
+    *,
+    export: str = "",  # which of its exports answers; empty: the usual one
 ) -> bool:
-    "Whether a model folder knows what is normal."
-    place = folder.folder if isinstance(folder, ModelFolder) else Path(folder)
-    return (place / "reference.json").is_file()
+    "Whether a model folder knows what is normal for one of its exports."
+    opened = folder if isinstance(folder, ModelFolder) else open_folder(folder)
+    made = opened.manifest.get("reference", {}).get("export")
+    there = (opened.folder / "reference.json").is_file()
+    return there and made == (export or opened.manifest.get("default", ""))
 
 
 def store_beside(
@@ -103,14 +110,16 @@ def monitor_of(
     store: str
     | Path
     | WindowStore = "",  # an address of SQLAlchemy, a file or a store; empty: a file beside the folder
+    export: str = "",  # which of its exports answers; empty: the usual one
     **how: Any,  # window, level, worker, keep, on_alarm and so on: as in `Monitor`
 ) -> Monitor:
     "A monitor for the model in a folder."
     opened = folder if isinstance(folder, ModelFolder) else open_folder(folder)
     where = opened.folder
+    name = export or opened.manifest.get("default", "")
     check(
-        has_reference(opened),
-        f"{where} doesn't know what is normal: call add_reference(folder, data) with its validation data first.",
+        has_reference(opened, export=export),
+        f"{where} doesn't know what is normal for {name!r}: call add_reference(folder, data, export={name!r}) with its validation data first.",
     )
     about = {"model": str(opened.manifest.get("name", "model")), "revision": opened.revision}
     return Monitor(read_reference(where), store or store_beside(opened), **{**about, **how})
@@ -125,7 +134,8 @@ def show_monitor(
 ) -> Path:  # the HTML file
     "The page of a model's monitor, from what all workers have stored."
     opened = folder if isinstance(folder, ModelFolder) else open_folder(folder)
-    check(has_reference(opened), f"{opened.folder} doesn't know what is normal: nothing can be shown.")
+    known = (opened.folder / "reference.json").is_file()
+    check(known, f"{opened.folder} doesn't know what is normal: nothing can be shown.")
     windows = open_store(store or store_beside(opened)).read(str(opened.manifest.get("name", "model")), last=last)
     where = opened.folder.resolve()
     return write_monitor(windows, read_reference(opened.folder), out or where.with_name(f"{where.name}-monitor"))

@@ -20,7 +20,7 @@ from .reference import Reference, softmax
 from ..evaluation.metrics import Floats
 
 # %% auto #0
-__all__ = ['LOG', 'Seen', 'joined', 'seen', 'Filled', 'Buffer', 'Background']
+__all__ = ['FAR', 'LOG', 'Seen', 'joined', 'seen', 'Filled', 'Buffer', 'Background']
 
 # %% ../../nbs/7_deployment/37b_windows.ipynb #34e9490e
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,9 @@ def joined(
     return Seen(features, probabilities, out, raw)
 
 # %% ../../nbs/7_deployment/37b_windows.ipynb #8f3daa77
+FAR = 1e6  # standard deviations; beyond that, distances would no longer be numbers
+
+
 def seen(
     reference: Reference,
     features: npt.ArrayLike,  # [N, D]
@@ -76,7 +79,8 @@ def seen(
     if not fine.all():
         x, z, out = x[fine], z[fine], {name: flags[fine] for name, flags in out.items()}
     raw = (x.copy(), z.copy()) if keep else ()
-    return Seen(reference.project(x), softmax(z, reference.temperature), out, raw), int((~fine).sum())
+    near = np.clip(reference.project(x), -FAR, FAR)
+    return Seen(near, softmax(z, reference.temperature), out, raw), int((~fine).sum())
 
 # %% ../../nbs/7_deployment/37b_windows.ipynb #a57cdd9b
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Filled:
     broken: int  # requests that were no numbers
     unreadable: int  # requests that could not be decoded
 
-
+# %% ../../nbs/7_deployment/37b_windows.ipynb #b9b056ad
 class Buffer:
     "Cuts a stream of requests into windows; not for several threads at once."
 
@@ -110,13 +114,18 @@ class Buffer:
         now: float,  # seconds since 1970
     ) -> list[Filled]:  # windows that are full now; mostly none
         "Take requests in."
-        self.begun = self.begun if self.waiting else now
-        self.parts.append(rows)
+        self.begun = self.begun if self.waiting or any(self.bad) else now
+        self.parts = [*self.parts, rows] if len(rows) or not self.parts else self.parts
         self.waiting += len(rows)
         self.bad = (self.bad[0] + broken, self.bad[1] + unreadable)
-        if self.waiting < self.window:
+        if max(self.waiting, sum(self.bad)) < self.window:
             return []
         whole, found, full = joined(self.parts), [], self.waiting // self.window
+        if not full:  # so many were no numbers, or unreadable, that they make a window
+            self.parts, self.waiting = [whole.take(slice(0, 0))], 0
+            found.append(Filled(self.number, whole, self.begun, now, *self.bad))
+            self.number, self.begun, self.bad = self.number + 1, now, (0, 0)
+            return found
         for i in range(full):
             part = whole.take(slice(i * self.window, (i + 1) * self.window))
             found.append(Filled(self.number, part, self.begun, now, *self.bad))

@@ -223,6 +223,9 @@ def judged(
     flips: float = 0.01,  # share of the answers that may be others, where rounding is allowed
 ) -> Step:
     "Compare what a model says before and after a step."
+    if before.said.logits.shape != after.said.logits.shape:
+        found = differences(before, after, tensors=False)
+        return Step(name, 1.0, len(before.said), len(before.said), "not comparable", found, allowed, flips)
     a, b = before.said, replace(after.said, classes=before.said.classes)  # a service reads positions, not names
     gap = float(abs(a.logits - b.logits).max() / max(float(abs(a.logits).max()), 1e-12))
     # where the order of the classes has changed, the name that is read is another one
