@@ -298,7 +298,7 @@ def test_numbers_too_large_for_half_precision_stay() -> None:
 
 
 def test_archives_that_could_run_code_are_refused(exported, tmp_path: Path) -> None:
-    for old, new in ((b'"use_pickle": false', b'"use_pickle":  true'), (b"Symbol('", b"exec('"), (b"Symbol('", b"a.b('")):
+    for old, new in ((b'"use_pickle": false', b'"use_pickle":  true'), (b"Symbol('", b"exec('"), (b"Symbol('", b"a.b('"), (b"Symbol('", b"eval(chr(95))+Symbol('"), (b'"use_pickle": false', b'"use\\u005fpickle": true')):
         with zipfile.ZipFile(exported.folder / "model.pt2") as a, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as b:
             for item in a.infolist():
                 raw = a.read(item)

@@ -219,6 +219,24 @@ def test_a_reference_survives_its_files(reference: Reference, tmp_path: Path) ->
     assert (again.classes, again.ranges, again.temperature, again.error) == (CLASSES, reference.ranges, 1.0, None)
 
 
+def test_what_is_equal_stays_equal_in_a_file(rng: np.random.Generator, tmp_path: Path) -> None:
+    some = drawn(rng, 300)
+    some["logits"] = 40 * some["logits"]  # so sure that many probabilities are 1, but for rounding
+    some["features"][::3] = some["features"][0]  # a third of the requests are one and the same
+    some["logits"][::3] = some["logits"][0]
+    made = make_reference(**some, labels=some["logits"].argmax(1), classes=CLASSES)
+    write_reference(made, tmp_path)
+    again, window = read_reference(tmp_path), {name: some[name][150:190] for name in ("features", "logits")}
+    rows, p = again.project(window["features"]), softmax(window["logits"])
+    pools = [r.pool(r.project(window["features"]), p, np.zeros(40)) for r in (made, again)]
+    for name in ("features", "probabilities"):
+        assert np.array_equal(getattr(pools[0], name), getattr(pools[1], name)), name
+    same = (again.pool(rows, p, np.zeros(40)).features[:, None] == again.pool(rows, p, np.zeros(40)).features[-40:]).all(2)
+    assert same[: len(made.features)].any(0).mean() > 0.3  # what is the same in both is found to be the same
+    told = [judge(pool, 40, tests=drift_tests(["ks", "confidence"]), level=0.05, permutations=99).p for pool in pools]
+    assert told[0] == told[1] > 0.05
+
+
 def test_altered_mixed_and_newer_references_are_refused(rng: np.random.Generator, tmp_path: Path) -> None:
     for name in "ab":
         write_reference(referenced(rng), tmp_path / name)
@@ -330,6 +348,34 @@ def test_answers_that_are_no_numbers_are_counted_and_an_alarm(reference: Referen
     monitor.settle()
     w = monitor.recent[-1]
     assert (w.rows, w.broken, w.unreadable) == (20, 1, 3) and w.alarm
+
+
+def test_a_model_that_says_no_numbers_any_more_is_an_alarm(reference: Reference) -> None:
+    monitor, some = watching(reference, Memory()), drawn(np.random.default_rng(6), 1)
+    for _ in range(50):
+        monitor.observe(some["features"] * np.nan, some["logits"])
+    monitor.settle()
+    assert [(w.rows, w.broken, w.alarm) for w in monitor.recent] == [(0, 20, True)] * 2
+    assert monitor.state()["drift_alarm"] == 1 and len(monitor._buffer.parts) == 1
+
+
+def test_requests_that_cannot_be_read_make_a_quiet_window(reference: Reference) -> None:
+    monitor, none = watching(reference, Memory()), {"features": np.zeros((0, 32)), "logits": np.zeros((0, 3))}
+    for _ in range(45):
+        monitor.observe(**none, unreadable=1)
+    monitor.settle()
+    assert [(w.rows, w.unreadable, w.alarm) for w in monitor.recent] == [(0, 20, False)] * 2
+
+
+def test_what_fails_after_an_alarm_is_told_as_that(reference: Reference, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(window: Window) -> None:
+        raise OSError("no mail today")
+
+    monitor = watching(reference, store := Memory(), on_alarm=fail)
+    with caplog.at_level(logging.ERROR, "adaptkit.monitor"):
+        monitor.observe(**drawn(np.random.default_rng(5), 20, shift=3.0))
+        monitor.settle()
+    assert len(store.windows) == 1 and monitor.failed == 0 and "after the alarm" in caplog.text
 
 
 @pytest.mark.parametrize("change", [{"features": np.ones((2, 31))}, {"logits": np.ones((2, 4))}, {"logits": np.ones((3, 3))}])
@@ -446,6 +492,14 @@ def test_adopting_is_seen_whole_and_can_be_undone(tmp_path: Path) -> None:
     assert failed == [] and seen <= {b"one", b"two"} and adopted(link) == [str(one)]
     with pytest.raises(AdaptkitError, match="no way back"):
         rollback(link)
+
+
+def test_what_was_linked_by_hand_is_kept_too(tmp_path: Path) -> None:
+    one, two, link = model_at(tmp_path / "one"), model_at(tmp_path / "two"), tmp_path / "current"
+    link.symlink_to(one)
+    adopt(two, link)
+    adopt(two, link)
+    assert rollback(link) == one and link.resolve() == one.resolve()
 
 
 def test_adopting_refuses_what_is_no_model_or_no_link(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ TOKEN = "only-for-these-tests-0123456789"
 @pytest.fixture(scope="module")
 def images() -> Iterator[Running]:
     "A server for images that isn't patient."
-    with running(image_folder().folder, setup=Setup(limits=Limits(patience=1.0))) as up:
+    with running(image_folder().folder, setup=Setup(limits=Limits(patience=2.0))) as up:
         yield up
 
 
@@ -105,7 +105,7 @@ def test_what_isnt_a_request(images: Running) -> None:
 
 def test_too_large_bodies_are_told_so_and_not_kept(images: Running) -> None:
     before = psutil.Process(images.process.pid).memory_info().rss
-    status, body = images.ask("/predict", b"\x00" * 40 * 2**20, kind="application/octet-stream")
+    status, body = images.ask("/predict", b"\x00" * 14 * 2**20, kind="application/octet-stream")
     assert status == 413 and b"10 MiB" in body
     assert psutil.Process(images.process.pid).memory_info().rss - before < 30 * 2**20
 
@@ -210,7 +210,7 @@ def test_told_to_end_under_load_nobody_is_lost() -> None:
 
 
 def test_while_it_ends_it_isnt_ready_and_still_answers() -> None:
-    with running(image_folder().folder, drain=2.0) as up:
+    with running(image_folder().folder, drain=6.0) as up:
         up.process.terminate()
         time.sleep(0.5)
         assert up.ask("/ready")[0] == 503 and up.ask("/predict", picture(), kind="image/png")[0] == 200

@@ -53,8 +53,8 @@ def stored(
     digits: int | None = None,  # behind the point; None: all of them
 ) -> Floats:
     "Values as a file holds them, in 32 bits: what is compared has to be rounded alike."
-    short = np.asarray(values, np.float32)
-    return np.asarray(short if digits is None else np.round(short, digits), np.float64)
+    short = np.asarray(np.asarray(values, np.float32), np.float64)
+    return short if digits is None else np.asarray(np.round(short, digits))
 
 # %% ../../nbs/7_deployment/34_reference.ipynb #7d599cc0
 @dataclass(frozen=True, eq=False)
