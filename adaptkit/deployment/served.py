@@ -224,8 +224,9 @@ class Served:
             time.sleep(0.01)
         self.batcher.close()
         self.readers.shutdown()
-        if hasattr(self.watcher, "close"):  # what it still has to judge and to write
-            self.watcher.close()
+        end = getattr(self.watcher, "close", None)
+        if end is not None:  # what it still has to judge and to write
+            end()
 
 # %% ../../nbs/7_deployment/23_served.ipynb #575bd734
 Opener = Callable[[Path], Folder]  # raises AdaptkitError if the folder isn't as it should be
