@@ -154,7 +154,7 @@ class Store:
                 missing = {*self.tables.tables} - {*inspect(self.engine).get_table_names()}
                 if missing and attempt == 5:
                     raise
-                time.sleep(0.05 * attempt)
+                time.sleep(0.05 * (attempt + 1))
         self.made = True
 
     def write(self, windows: Sequence[Window], kept: Sequence[Kept] = ()) -> None:
