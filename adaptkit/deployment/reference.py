@@ -26,10 +26,10 @@ __all__ = ['TENSORS', 'VERSION', 'softmax', 'principal', 'stored', 'Reference', 
 # %% ../../nbs/7_deployment/34_reference.ipynb #1cdc377c
 def softmax(
     logits: npt.ArrayLike,  # [N, K]
-    temperature: float = 1.0,  # > 0
+    temperature: float | None = 1.0,  # > 0; None: 1
 ) -> Floats:  # [N, K]
     "Probabilities."
-    z = np.asarray(logits, np.float64) / temperature
+    z = np.asarray(logits, np.float64) / (temperature or 1.0)
     z = np.exp(z - z.max(axis=1, keepdims=True))
     return np.asarray(z / z.sum(axis=1, keepdims=True))
 

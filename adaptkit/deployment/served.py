@@ -21,10 +21,11 @@ import numpy.typing as npt
 from ..core.registry import AdaptkitError, check
 from .batching import Answer, Arrays, Batcher, Job, Rows, Session, together
 from .metrics import Log, Meters, Watcher
+from .reference import softmax
 from .requests import Asked, Limits, Refusal
 
 # %% auto #0
-__all__ = ['Opener', 'Folder', 'softmax', 'answers', 'Setup', 'sample', 'try_out', 'takes', 'quality_of', 'Served', 'Slot']
+__all__ = ['Opener', 'Folder', 'answers', 'Setup', 'sample', 'try_out', 'takes', 'quality_of', 'Served', 'Slot']
 
 # %% ../../nbs/7_deployment/23_served.ipynb #741ab6c8
 class Folder(Protocol):
@@ -51,16 +52,6 @@ class Folder(Protocol):
     def read(self, inputs: Sequence[Any]) -> Mapping[str, npt.NDArray[Any]]: ...
 
     def session(self, export: str = "", *, threads: int = 0) -> Session: ...
-
-# %% ../../nbs/7_deployment/23_served.ipynb #63976242
-def softmax(
-    logits: npt.NDArray[np.float32],  # [N, K]
-    temperature: float | None,  # > 0; None: 1
-) -> npt.NDArray[np.float64]:  # [N, K]
-    "Probabilities."
-    z = logits.astype(np.float64) / (temperature or 1.0)
-    e = np.exp(z - z.max(1, keepdims=True))
-    return np.asarray(e / e.sum(1, keepdims=True))
 
 # %% ../../nbs/7_deployment/23_served.ipynb #422fd0f1
 def answers(

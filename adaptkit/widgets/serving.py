@@ -5,7 +5,6 @@
 # %% ../../nbs/9_widgets/31_serving.ipynb #05cddac3
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import shutil
 import socket
@@ -15,25 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..core.registry import check, require, unknown
+from ..deployment.gate import LEAST, is_local
 from .reproduction import write_notebook
 from .uploads import Limits
 
 # %% auto #0
-__all__ = ['THEMES', 'LEAST', 'CELL', 'is_local', 'is_free', 'Door', 'one_page', 'serve']
+__all__ = ['THEMES', 'CELL', 'is_free', 'Door', 'one_page', 'serve']
 
 # %% ../../nbs/9_widgets/31_serving.ipynb #3499b9ee
 THEMES = ("light", "dark")
-LEAST = 16  # characters of a token
-
-
-def is_local(
-    host: str,  # a name or an address
-) -> bool:
-    "Whether only this machine can reach it."
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def is_free(
