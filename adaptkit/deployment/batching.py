@@ -136,14 +136,16 @@ class Batcher:
         *,
         most: int = 8,  # inputs in a batch, >= 1; a request that has more is a batch of its own
         workers: int = 1,  # threads that run the session, >= 1
+        beside: Session | None = None,  # the same model, asked where several are at work; None: the session
         waiting: int = 256,  # inputs in the queue at most, >= 1
         watch: Watch | None = None,  # told what was said, after it was said
     ) -> None:
         for name, value in (("most", most), ("workers", workers), ("waiting", waiting)):
             check(value >= 1, f"{name} is {value}: it must be at least 1.")
-        self.session, self.most, self.waiting, self.watch = session, most, waiting, watch
+        self.session, self.beside = session, beside or session
+        self.most, self.waiting, self.watch = most, waiting, watch
         self.jobs: deque[Job] = deque()
-        self.rows = 0  # that wait
+        self.rows, self.busy = 0, 0  # inputs that wait, workers that are at work
         self.more, self.closed = threading.Condition(), False
         self.threads = [threading.Thread(target=self.work, name=f"model-{i}", daemon=True) for i in range(workers)]
         for thread in self.threads:
@@ -163,24 +165,33 @@ class Batcher:
         return await job.future
 
     def take(self) -> list[Job]:  # empty: closed, and nothing is left
-        "The next jobs, as many as fit; waits until there is one."
+        "The next jobs, as many as fit and leave a share for other free workers; waits until there is one."
         with self.more:
             while not self.jobs and not self.closed:
                 self.more.wait()
+            most = min(self.most, -(-self.rows // (len(self.threads) - self.busy)))
             taken: list[Job] = []
             n = 0
-            while self.jobs and (not taken or n + self.jobs[0].rows <= self.most):
+            while self.jobs and (not taken or n + self.jobs[0].rows <= most):
                 taken.append(self.jobs.popleft())
                 n += taken[-1].rows
             self.rows -= n
+            self.busy += 1
         return taken
+
+    def rest(self) -> None:
+        "A worker has done its jobs."
+        with self.more:
+            self.busy -= 1
 
     def work(self) -> None:
         "What each worker does, until all is done and no more comes."
         while jobs := self.take():
             wanted = [job for job in jobs if not job.future.done()]
+            lonely = self.busy == 1 and not self.jobs
             if wanted:
-                run_jobs(self.session, wanted, watch=self.watch)
+                run_jobs(self.session if lonely else self.beside, wanted, watch=self.watch)
+            self.rest()
 
     def close(self) -> None:
         "Take nothing more, and wait until everybody has an answer."

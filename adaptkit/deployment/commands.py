@@ -145,7 +145,7 @@ def watcher(
 @click.option("--token", envvar="ADAPTKIT_TOKEN", help="That requests need; by default none, on this machine.")
 @click.option("--no-token", is_flag=True, help="Let everybody in, also from other machines.")
 @click.option("--export", "chosen", default="", help="Which export answers; by default onnx.")
-@click.option("--threads", default=0, show_default=True, help="Of a session; 0: all cores.")
+@click.option("--threads", default=0, show_default=True, help="Of a call; 0: as the cores allow.")
 @click.option("--batch", default=8, type=click.IntRange(min=1), show_default=True, help="Inputs in a call at most.")
 @click.option("--monitor/--no-monitor", default=True, show_default=True, help="Whether what is answered is watched.")
 @click.option("--store", default="", help="Where windows are kept, a SQLAlchemy address; by default a SQLite file.")

@@ -82,7 +82,7 @@ def read_inputs(
             return preprocess(pixels_of(item, at_least=2 * spec.size, name=name), spec)
 
         squared = [one(0)] if len(inputs) == 1 else list(in_threads(one, range(len(inputs))))
-        x = torch.from_numpy(np.stack(squared)).float().div_(255)
+        x = torch.from_numpy(np.divide(np.stack(squared), 255, dtype=np.float32))  # torch would start threads for it
     else:
         samples = texts_of(inputs)
         with lock:

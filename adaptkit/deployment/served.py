@@ -23,9 +23,11 @@ from .batching import Answer, Arrays, Batcher, Job, Rows, Session, together
 from .metrics import Log, Meters, Watcher
 from .reference import softmax
 from .requests import Asked, Limits, Refusal
+from ..notebooks.jobs import cores_here
 
 # %% auto #0
-__all__ = ['Opener', 'Folder', 'answers', 'Setup', 'sample', 'try_out', 'takes', 'quality_of', 'Served', 'Slot']
+__all__ = ['MOST_WORKERS', 'Opener', 'Folder', 'answers', 'Setup', 'sample', 'try_out', 'side_by_side', 'takes', 'quality_of',
+           'Served', 'Slot']
 
 # %% ../../nbs/7_deployment/23_served.ipynb #741ab6c8
 class Folder(Protocol):
@@ -74,10 +76,10 @@ class Setup:
     "How a model is run."
 
     export: str = ""  # which file of the folder; empty: its default
-    threads: int = 0  # of a session; 0: all cores
-    workers: int = 1  # that run sessions side by side
+    threads: int = 0  # of a call; 0: all cores for a lonely one, a part of them for each of several
+    workers: int = 0  # calls side by side; 0: as the cores allow
     batch: int = 8  # inputs in a call at most
-    readers: int = 2  # threads that unpack images
+    readers: int = 0  # threads that unpack images; 0: as the cores allow
     limits: Limits = Limits()
 
 # %% ../../nbs/7_deployment/23_served.ipynb #5b9ed0d0
@@ -111,6 +113,23 @@ def try_out(
     check(fine, f"The model in {folder.folder} answers with numbers that are not finite: export it again.")
     return said
 
+# %% ../../nbs/7_deployment/23_served.ipynb #d838d295
+MOST_WORKERS = 8
+
+
+def side_by_side(
+    folder: Folder,
+    setup: Setup,
+    cores: int,  # that this process may use
+) -> tuple[Session, Session | None, int]:  # the session of a lonely worker, of several if it is another, workers
+    "How the cores are shared."
+    own = (setup.export or folder.manifest.get("default", "")) != "torch"
+    wide = folder.session(setup.export, threads=setup.threads or (cores if own else 0))
+    workers = setup.workers or (min(MOST_WORKERS, cores) if own and not setup.threads else 1)
+    if workers == 1 or setup.threads or not own:
+        return wide, None, workers
+    return wide, folder.session(setup.export, threads=max(1, cores // workers)), workers
+
 # %% ../../nbs/7_deployment/23_served.ipynb #e2b9d46d
 def takes(
     watcher: Watcher | None,
@@ -141,13 +160,14 @@ class Served:
         watcher: Watcher | None = None,  # told what was said
     ) -> None:
         self.folder, self.setup, self.meters, self.watcher = folder, setup, meters, watcher
-        session = folder.session(setup.export, threads=setup.threads)
+        cores = max(1, int(cores_here()))
+        session, beside, workers = side_by_side(folder, setup, cores)
         said = try_out(folder, session)
         self.nothing = Rows(said.logits[:0], said.features[:0])
         self.more = takes(watcher)  # that the monitor wants to know
-        more: dict[str, Any] = {"workers": setup.workers, "waiting": setup.limits.waiting, "watch": self.watch}
-        self.batcher = Batcher(session, most=setup.batch, **more)
-        self.readers = ThreadPoolExecutor(setup.readers, thread_name_prefix="reader")
+        more: dict[str, Any] = {"beside": beside, "waiting": setup.limits.waiting, "watch": self.watch}
+        self.batcher = Batcher(session, most=setup.batch, workers=workers, **more)
+        self.readers = ThreadPoolExecutor(setup.readers or min(MOST_WORKERS, cores), thread_name_prefix="reader")
         self.users = 0  # requests that are under way
 
     @property
