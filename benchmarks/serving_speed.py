@@ -1,6 +1,6 @@
 """How quick is a model once it has left the notebook?
 
-EfficientNet-Lite0 with a linear head, 224 pixels: PyTorch as it is (evaluation mode, no gradients), the same through torch.compile, and the exports of its model folder on ONNX Runtime, all with the same number of threads, in one
+EfficientNet-Lite0 with a linear head, 224 pixels: PyTorch as it is (evaluation mode, no gradients), the same with its maps as most libraries lay them out (channels first; adaptkit lays them out the other way on a processor), the same through torch.compile, and the exports of its model folder on ONNX Runtime, all with the same number of threads, in one
 process, in turn. Each round asks every one of them once, in another order each time, and speeds are compared round by round: the machine may be busy, the comparison stays fair. Beside the times: how far the logits are from PyTorch's.
 
     python benchmarks/serving_speed.py [--rounds 30] [--batches 1 16] [--threads 2] [--size 224] [--backbone efficientnet_lite0] [--no-compile]
@@ -9,12 +9,14 @@ process, in turn. Each round asks every one of them once, in another order each 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,8 +42,14 @@ def ways(model: Model, folder: Path, threads: int, *, compiled: bool) -> dict[st
 
         return ask
 
+    def channels_first(x: torch.Tensor) -> torch.Tensor:
+        with patch("adaptkit.models.stages.arranged", torch.Tensor.contiguous):
+            return usual(x)
+
+    usual = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     return {
         "eager": asked(model),
+        "eager, channels first": asked(channels_first),
         **({"compiled": asked(torch.compile(model, dynamic=False))} if compiled else {}),
         **{name: lambda x, s=s: s({"images": x.numpy()}).logits for name, s in sessions.items()},
     }

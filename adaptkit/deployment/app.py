@@ -156,6 +156,12 @@ class Answering:
     slot: Slot
     keeping: Gatekeeping
     explaining: Explaining = field(default_factory=Explaining)
+    at: str = ""  # what stands in front of all its addresses
+
+    def about(self) -> dict[str, Any]:
+        "Which model answers."
+        served = self.slot.current
+        return {"model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]}
 
     @property
     def explains(self) -> bool:
@@ -206,11 +212,7 @@ class Service(Answering):
 
     async def health(self, call: Call) -> Reply:
         "The process lives."
-        served = self.slot.current
-        state = "ending" if self.keeping.draining else "ready"
-        return as_json(
-            {"status": state, "model": served.about(), "kind": served.folder.kind, "classes": [*served.folder.classes]}
-        )
+        return as_json({"status": "ending" if self.keeping.draining else "ready", **self.about()})
 
     async def ready(self, call: Call) -> Reply:
         "Whether requests should be sent here."
@@ -230,8 +232,9 @@ class Service(Answering):
     async def openapi(self, call: Call) -> Reply:
         "What programs may rely on."
         folder, keeping = self.slot.current.folder, self.keeping
+        known = [path.removeprefix(self.at) for path in sorted(keeping.open) if path.startswith(self.at)]
         how: dict[str, Any] = {"kind": folder.kind, "classes": folder.classes, "explains": self.explains}
-        return as_json(description(keeping.limits, token=bool(keeping.token), open_paths=sorted(keeping.open), **how))
+        return as_json(description(keeping.limits, token=bool(keeping.token), open_paths=known, at=self.at, **how))
 
     async def reload(self, call: Call) -> Reply:
         "Put another folder to work."
@@ -247,6 +250,15 @@ class Service(Answering):
         "Put the model before to work again."
         self.command(call)
         return as_json({"model": (await asyncio.to_thread(self.slot.back)).about()})
+
+    def reread(self) -> None:
+        "Read the folder anew; if anything is wrong with it, the model stays."
+        self.slot.load(self.slot.current.folder.folder)
+
+    def close(self) -> None:
+        "Answer those who are under way, then end."
+        self.slot.close()
+        self.explaining.close()
 
     def command(self, call: Call) -> None:
         "Refuse commands where everybody may ask."

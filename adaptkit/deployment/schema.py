@@ -183,6 +183,7 @@ def description(
     token: bool,  # whether one is needed
     explains: bool,  # whether the model can be explained
     open_paths: Sequence[str] = (),  # that need no token
+    at: str = "",  # what stands in front of all its addresses
 ) -> Schema:
     "The whole service, as OpenAPI 3.1."
     paths = operations(limits, kind=kind, classes=classes, explains=explains)
@@ -196,4 +197,5 @@ def description(
         "version": __version__,
         "description": f"Sorts {kind}s into {len(classes)} classes.",
     }
-    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
+    servers = {"servers": [{"url": at}]} if at else {}
+    return {"openapi": "3.1.0", "info": about, **servers, "paths": paths, "components": parts}

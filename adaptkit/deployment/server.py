@@ -15,18 +15,18 @@ import sys
 import threading
 import time
 from asyncio import TimerHandle, Transport
+from collections.abc import Mapping
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..core.registry import AdaptkitError, check
-from .app import Service
-from .gate import Gate, Gatekeeping
+from .gate import Gate, Gatekeeping, Route
 
 # %% auto #0
-__all__ = ['Connection', 'shut_door', 'PoliteServer', 'bound', 'run_service']
+__all__ = ['Connection', 'shut_door', 'Application', 'PoliteServer', 'bound', 'run_service']
 
 # %% ../../nbs/7_deployment/27b_server.ipynb #5caa42f3
 class Connection(HttpToolsProtocol):
@@ -130,6 +130,19 @@ def shut_door(
         return False
     return True
 
+# %% ../../nbs/7_deployment/27b_server.ipynb #4523b84d
+class Application(Protocol):
+    "What a server runs: one model, or several."
+
+    @property
+    def keeping(self) -> Gatekeeping: ...
+
+    def routes(self) -> Mapping[str, Mapping[str, Route]]: ...
+
+    def reread(self) -> None: ...
+
+    def close(self) -> None: ...
+
 # %% ../../nbs/7_deployment/27b_server.ipynb #583dc803
 class PoliteServer(uvicorn.Server):
     "Uvicorn that takes leave."
@@ -137,7 +150,7 @@ class PoliteServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
+        service: Application,
         *,
         sock: socket.socket,  # that listens
         drain: float,  # seconds in which new connections are still taken, after the signal
@@ -165,7 +178,7 @@ class PoliteServer(uvicorn.Server):
     async def reread(self) -> None:
         "What SIGHUP does."
         try:
-            await asyncio.to_thread(self.service.slot.load, self.service.slot.current.folder.folder)
+            await asyncio.to_thread(self.service.reread)
         except AdaptkitError as e:  # the slot has counted and logged it
             self.service.keeping.log.write("reload", outcome="refused", reason=str(e))
 
@@ -218,7 +231,7 @@ def bound(
 
 # %% ../../nbs/7_deployment/27b_server.ipynb #9f030872
 def run_service(
-    service: Service,
+    service: Application,
     sock: socket.socket,  # bound
     *,
     drain: float = 1.0,  # seconds in which new connections are still taken, after the signal
@@ -234,6 +247,5 @@ def run_service(
     try:
         server.run(sockets=[sock])
     finally:
-        service.slot.close()
-        service.explaining.close()
+        service.close()
         service.keeping.log.write("ended")
