@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adaptkit.deployment.folder import ModelFolder
 
 # %% auto #0
-__all__ = ['DATA', 'FOLDER', 'COMMANDS', 'ready', 'watched', 'export_command', 'exported', 'certify_command', 'watcher',
+__all__ = ['DATA', 'FOLDER', 'COMMANDS', 'ready', 'watched', 'export_command', 'exported', 'certify_command', 'watcher', 'named',
            'serve_command', 'monitor_command', 'readapt_command', 'adopt_command', 'rollback_command']
 
 # %% ../../nbs/7_deployment/60_commands.ipynb #a12d07ab
@@ -137,9 +137,26 @@ def watcher(
 
     return made
 
+# %% ../../nbs/7_deployment/60_commands.ipynb #d37adae5
+def named(
+    folders: Sequence[Path],  # runs or model folders
+) -> dict[str, Path]:  # by name
+    "Folders by what they are called; a folder `model` has the name of the run that it lies in."
+    from adaptkit.core.registry import check
+
+    found: dict[str, Path] = {}
+    for folder in folders:
+        whole = folder.resolve()
+        name = whole.parent.name if whole.name == "model" else whole.name
+        check(
+            name not in found, f"Two folders are called {name!r}: {found.get(name)} and {folder}. Rename one of them."
+        )
+        found[name] = folder
+    return found
+
 # %% ../../nbs/7_deployment/60_commands.ipynb #0d6a9cd8
 @click.command("serve")
-@FOLDER
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for other machines.")
 @click.option("--port", default=8000, show_default=True, help="0: any that is free.")
 @click.option("--token", envvar="ADAPTKIT_TOKEN", help="That requests need; by default none, on this machine.")
@@ -152,8 +169,8 @@ def watcher(
 @click.option("--window", default=100, type=click.IntRange(min=10), show_default=True, help="Requests in a window.")
 @click.option("--level", default=0.01, show_default=True, help="Share of clean windows that may raise an alarm.")
 @DATA
-def serve_command(folder: Path, data: str, no_token: bool, **how: Any) -> None:
-    "Serve the model of the run (or model folder) in FOLDER, with a page to try it on."
+def serve_command(folders: tuple[Path, ...], data: str, no_token: bool, **how: Any) -> None:
+    "Serve the model of the run (or model folder) in FOLDER, with a page to try it on; several are served below /models/."
     from adaptkit.deployment.served import Setup
     from adaptkit.deployment.serving import serve
 
@@ -161,11 +178,14 @@ def serve_command(folder: Path, data: str, no_token: bool, **how: Any) -> None:
     chosen = how.pop("chosen")
     made = watcher(kept.pop("store"), export=chosen, **kept) if watch else None
     setup = Setup(export=chosen, threads=how.pop("threads"), batch=how.pop("batch"))
-    found, told = ready(folder, data=data, watch=watch, chosen=chosen)
-    if told:
-        click.echo(told, err=True)
+    known: dict[str, Path] = {}
+    for name, folder in named(folders).items():
+        found, told = ready(folder, data=data, watch=watch, chosen=chosen)
+        known[name] = found.folder
+        if told:
+            click.echo(told, err=True)
     how["token"] = "" if no_token else how["token"]
-    serve(found.folder, setup=setup, monitor=made, **how)
+    serve(known if len(known) > 1 else [*known.values()][0], setup=setup, monitor=made, **how)
 
 # %% ../../nbs/7_deployment/60_commands.ipynb #1766b7c9
 @click.command("monitor")

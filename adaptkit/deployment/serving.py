@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +29,12 @@ from .served import Folder, Setup
 from ..evaluation.evaluate import predict
 from ..heads.heads import Model
 
+if TYPE_CHECKING:
+    from adaptkit.deployment.server import Application
+
 # %% auto #0
-__all__ = ['PROGRAM', 'model_folder', 'watching', 'serve', 'beside', 'started', 'Running', 'port_of', 'end_process', 'running',
-           'Shadow', 'as_sent', 'shadow']
+__all__ = ['PROGRAM', 'model_folder', 'watching', 'application', 'serve', 'beside', 'started', 'Running', 'port_of',
+           'end_process', 'running', 'Shadow', 'as_sent', 'shadow']
 
 # %% ../../nbs/7_deployment/28_serving.ipynb #dbb219c9
 def model_folder(
@@ -57,9 +60,23 @@ def watching(
         return lambda folder: monitor
     return monitor
 
+# %% ../../nbs/7_deployment/28_serving.ipynb #b094f919
+def application(
+    folder: str | Path | Mapping[str, str | Path],  # a run, or a model folder; or several, by name
+    **how: Any,  # setup, token, monitor of make_service
+) -> Application:
+    "What a server is to run."
+    from adaptkit.deployment.app import make_service
+    from adaptkit.deployment.several import check_names, make_several
+
+    if not isinstance(folder, Mapping):
+        return make_service(model_folder(folder), **how)
+    check_names(folder)
+    return make_several({name: model_folder(path) for name, path in folder.items()}, **how)
+
 # %% ../../nbs/7_deployment/28_serving.ipynb #35ab5fd6
 def serve(
-    folder: str | Path,  # a run, or a model folder
+    folder: str | Path | Mapping[str, str | Path],  # a run, or a model folder; or several, by name
     *,
     host: str = "127.0.0.1",  # where to listen; 0.0.0.0: reachable from other machines
     port: int = 8000,  # 0: any that is free
@@ -73,12 +90,11 @@ def serve(
     for package in ("uvicorn", "httptools", "prometheus_client", "onnxruntime"):
         require(package, "deploy")
     check_token(token, host)
-    from adaptkit.deployment.app import make_service
     from adaptkit.deployment.server import bound, run_service
 
     sock = bound(host, port)
     try:
-        service = make_service(model_folder(folder), setup=setup, token=token or "", monitor=watching(monitor))
+        service = application(folder, setup=setup, token=token or "", monitor=watching(monitor))
         run_service(service, sock, drain=drain, grace=grace)
     finally:
         sock.close()
@@ -180,7 +196,7 @@ def end_process(
 # %% ../../nbs/7_deployment/28_serving.ipynb #134d5865
 @contextmanager
 def running(
-    folder: str | Path,  # a run, or a model folder
+    folder: str | Path | Mapping[str, str | Path],  # a run, or a model folder; or several, by name
     *,
     token: str = "",  # that requests need; empty: none
     setup: Setup | None = None,
@@ -191,7 +207,9 @@ def running(
 ) -> Iterator[Running]:
     "A server in a process of its own, until the block ends."
     how = {
-        "folder": str(Path(folder).resolve()),
+        "folder": {name: str(Path(path).resolve()) for name, path in folder.items()}
+        if isinstance(folder, Mapping)
+        else str(Path(folder).resolve()),
         "port": port,
         "token": token,
         "drain": drain,
