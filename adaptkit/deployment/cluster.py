@@ -36,7 +36,7 @@ def packed(
     size = sum(map(len, files.values()))
     check(
         size <= MOST,
-        f"{root} has {size / 2**20:.0f} MiB, and at most {MOST // 2**20} travel: export a smaller one, e.g. --to onnx-int8 alone.",
+        f"{root} has {size / 2**20:.0f} MiB, and at most {MOST // 2**20} MiB travel: export a smaller one, e.g. --to onnx-int8 alone.",
     )
     return files
 
