@@ -39,7 +39,7 @@ def test_all_files_travel_and_damage_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert open_folder(unpack(files, tmp_path / "there")).revision == folder.revision
     files["model.onnx"] = files["model.onnx"][:-1] + b"?"
     with pytest.raises(AdaptkitError, match="model.onnx"):
-        Replica("there", files, Setup(), "", "")
+        Replica("there", files, Setup(), "", {})
     monkeypatch.setattr(deployed, "MOST", 1000)
     with pytest.raises(AdaptkitError, match="at most 0 MiB travel"):
         packed(folder.folder)
@@ -60,7 +60,7 @@ def test_a_replica_is_the_same_application() -> None:
     from starlette.requests import Request
 
     folder = image_folder()
-    replica = Replica("m", packed(folder.folder), Setup(threads=1), TOKEN, "")
+    replica = Replica("m", packed(folder.folder), Setup(threads=1), TOKEN, {})
 
     def ask(path: str, body: bytes, token: str = TOKEN) -> tuple[int, Any]:
         async def receive() -> dict[str, Any]:

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from ..core.registry import AdaptkitError, check, require
+from ..core.registry import check, require
 from .folder import open_folder
 from .gate import Gate
 from .served import Setup, try_out
@@ -21,7 +23,7 @@ from ..notebooks.cluster import connected
 from ..notebooks.jobs import Budget
 
 # %% auto #0
-__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'on_cluster']
+__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'on_cluster', 'ending', 'serve_on_cluster']
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #a54b05b8
 MOST = 256 * 2**20  # bytes that travel
@@ -65,21 +67,17 @@ class Replica:
         files: Mapping[str, bytes],  # as packed
         setup: Setup,
         token: str,  # empty: everybody may ask
-        store: str,  # where windows of the monitor are kept, an address of SQLAlchemy; empty: nothing is watched
+        monitor: Mapping[str, Any],  # arguments of monitor_of, with the store that all replicas reach; empty: none
     ) -> None:
         from adaptkit.deployment.app import make_service
+        from adaptkit.deployment.watching import monitor_of
 
         self.place = tempfile.TemporaryDirectory(prefix="adaptkit-")
         root = unpack(files, Path(self.place.name) / name)
-        self.service = make_service(root, setup=setup, token=token, monitor=lambda folder: self.watched(folder, store))
+        watch = lambda folder: monitor_of(folder, export=setup.export, **monitor) if monitor else None  # noqa: E731
+        self.service = make_service(root, setup=setup, token=token, monitor=watch)
         routes = {path: acts for path, acts in self.service.routes().items() if path not in ALONE}
         self.gate = Gate(routes, self.service.keeping)
-
-    def watched(self, folder: Any, store: str) -> Any:
-        "The monitor of the model, if there is to be one."
-        from adaptkit.deployment.watching import monitor_of
-
-        return monitor_of(folder, store) if store else None
 
     async def __call__(self, request: Any) -> Any:  # request and response of Starlette
         "One request."
@@ -123,7 +121,7 @@ def bind(
     *,
     setup: Setup,
     token: str,
-    store: str,
+    monitor: Mapping[str, Any],
 ) -> Any:  # an application of Ray Serve
     "What Ray Serve is to run."
     serve = require("ray.serve", "cluster")
@@ -133,7 +131,7 @@ def bind(
     made = serve.deployment(Replica).options(
         name="model", health_check_period_s=5.0, health_check_timeout_s=30.0, **how
     )
-    return made.bind(Path(folder).resolve().name, packed(folder), replace(setup, threads=threads), token, store)
+    return made.bind(Path(folder).resolve().name, packed(folder), replace(setup, threads=threads), token, monitor)
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #392e11ca
 @contextmanager
@@ -146,14 +144,15 @@ def on_cluster(
     port: int = 8000,
     token: str | None = None,  # that requests need; None: none, on that machine only; empty: none, anywhere
     setup: Setup | None = None,
-    store: str = "",  # where windows of the monitor are kept, an address of SQLAlchemy; empty: nothing is watched
+    monitor: Mapping[str, Any]
+    | None = None,  # arguments of monitor_of, with the store that all replicas reach; None: none
 ) -> Iterator[str]:  # the address
     "A model on a cluster, until the block ends."
     from adaptkit.deployment.gate import check_token
 
     replicas = replicas or Replicas()
     check_token(token, host)
-    app = bind(folder, replicas, setup=setup or Setup(), token=token or "", store=store)
+    app = bind(folder, replicas, setup=setup or Setup(), token=token or "", monitor=monitor or {})
     name = f"adaptkit-{secrets.token_hex(4)}"
     with connected(on, Budget(cores=replicas.count * replicas.cores)):
         serve = require("ray.serve", "cluster")
@@ -165,4 +164,30 @@ def on_cluster(
             serve.run(app, name=name, route_prefix="/")
             yield f"http://{host}:{port}/"
         finally:
-            serve.shutdown()
+            serve.delete(name)
+            if not serve.status().applications:  # those of others stay
+                serve.shutdown()
+
+# %% ../../nbs/7_deployment/29_cluster.ipynb #4ba83ba1
+@contextmanager
+def ending(
+    event: Event,  # set by Ctrl-C and SIGTERM
+) -> Iterator[None]:
+    "Turn the two signals into an event for as long as the block lasts."
+    before = {s: signal.signal(s, lambda *_: event.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def serve_on_cluster(
+    folder: str | Path,  # a model folder
+    **how: Any,  # as in on_cluster
+) -> None:
+    "Answer requests on a cluster until told to end."
+    ended = Event()
+    with on_cluster(folder, **how) as address, ending(ended):
+        print(f"The model answers at {address} (Ctrl-C to end).", flush=True)
+        ended.wait()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'COMMANDS', 'ready', 'watched', 'export_command', 'exported', 'certify_command', 'watcher', 'named',
-           'serve_command', 'monitor_command', 'readapt_command', 'adopt_command', 'rollback_command']
+           'on_ray', 'serve_command', 'monitor_command', 'readapt_command', 'adopt_command', 'rollback_command']
 
 # %% ../../nbs/7_deployment/60_commands.ipynb #a12d07ab
 def ready(
@@ -154,6 +154,31 @@ def named(
         found[name] = folder
     return found
 
+# %% ../../nbs/7_deployment/60_commands.ipynb #f5ab05a1
+def on_ray(
+    folders: Sequence[Path],  # one run, or model folder
+    on: str,  # "ray" or "ray://host:port"
+    replicas: int,
+    *,
+    data: str,
+    no_token: bool,
+    **how: Any,  # options of serve
+) -> None:
+    "Serve on a cluster until Ctrl-C or SIGTERM."
+    from adaptkit.core.registry import check
+    from adaptkit.deployment.cluster import Replicas, serve_on_cluster
+    from adaptkit.deployment.served import Setup
+
+    check(len(folders) == 1, f"{len(folders)} folders: on a cluster one model is served at a time.")
+    watched = bool(how["monitor"] and how["store"])
+    found, told = ready(folders[0], data=data, watch=watched, chosen=how["chosen"])
+    if told:
+        click.echo(told, err=True)
+    monitor = {name: how[name] for name in ("store", "window", "level")} if watched else None
+    setup = Setup(export=how["chosen"], threads=how["threads"], batch=how["batch"])
+    where = {"on": on, "host": how["host"], "port": how["port"], "token": "" if no_token else how["token"]}
+    serve_on_cluster(found.folder, replicas=Replicas(replicas), setup=setup, monitor=monitor, **where)
+
 # %% ../../nbs/7_deployment/60_commands.ipynb #0d6a9cd8
 @click.command("serve")
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=click.Path(path_type=Path))
@@ -168,12 +193,19 @@ def named(
 @click.option("--store", default="", help="Where windows are kept, a SQLAlchemy address; by default a SQLite file.")
 @click.option("--window", default=100, type=click.IntRange(min=10), show_default=True, help="Requests in a window.")
 @click.option("--level", default=0.01, show_default=True, help="Share of clean windows that may raise an alarm.")
+@click.option("--on", default="", help="ray, or ray://host:port: on that cluster; by default in this process.")
+@click.option(
+    "--replicas", default=2, type=click.IntRange(min=1), show_default=True, help="On a cluster, one core each."
+)
 @DATA
-def serve_command(folders: tuple[Path, ...], data: str, no_token: bool, **how: Any) -> None:
+def serve_command(folders: tuple[Path, ...], data: str, no_token: bool, on: str, replicas: int, **how: Any) -> None:
     "Serve the model of the run (or model folder) in FOLDER, with a page to try it on; several are served below /models/."
     from adaptkit.deployment.served import Setup
     from adaptkit.deployment.serving import serve
 
+    if on:
+        on_ray(folders, on, replicas, data=data, no_token=no_token, **how)
+        return
     watch, kept = how.pop("monitor"), {name: how.pop(name) for name in ("store", "window", "level")}
     chosen = how.pop("chosen")
     made = watcher(kept.pop("store"), export=chosen, **kept) if watch else None

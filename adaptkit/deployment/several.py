@@ -52,7 +52,7 @@ class Joined:
 
         self.shared, self.meters = shared, meters
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
 
     def collect(self) -> Iterator[Any]:
         "Called by the registry."
