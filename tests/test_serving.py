@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
@@ -18,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from service import Direct, bomb, form, image_folder, picture, text_folder
 
 from adaptkit.core.registry import AdaptkitError
@@ -29,7 +31,8 @@ from adaptkit.deployment.folder import open_folder
 from adaptkit.deployment.gate import Rates, check_token, may_enter
 from adaptkit.deployment.metrics import Log, Meters
 from adaptkit.deployment.requests import Asked, Limits, Refusal, depth_of, read_body
-from adaptkit.deployment.served import Setup, takes
+from adaptkit.deployment.served import Setup, side_by_side, takes
+from adaptkit.deployment.several import make_several
 from adaptkit.deployment.watching import add_reference, monitor_of
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +307,45 @@ def test_everybody_gets_their_own_rows(sizes: list[int], most: int, workers: int
     assert sum(calls) == sum(sizes) and all(c <= max(most, max(sizes)) for c in calls)
 
 
+def test_a_lonely_request_gets_the_wide_session_and_a_crowd_the_narrow_one() -> None:
+    calls: list[tuple[str, int]] = []
+    go = threading.Event()
+
+    def session(name: str):
+        def say(inputs):
+            calls.append((name, len(inputs["x"])))
+            assert go.wait(10)
+            return SimpleNamespace(logits=inputs["x"], features=inputs["x"])
+
+        return say
+
+    async def all_of_them() -> None:
+        batcher = Batcher(session("wide"), most=8, workers=2, beside=session("narrow"))
+        first = asyncio.ensure_future(batcher.ask({"x": np.zeros((1, 1, 1))}))
+        while not calls:
+            await asyncio.sleep(0.001)
+        rest = [asyncio.ensure_future(batcher.ask({"x": np.zeros((1, 1, 1))})) for _ in range(6)]
+        while len(calls) < 2:
+            await asyncio.sleep(0.001)
+        go.set()
+        await asyncio.gather(first, *rest)
+        await asyncio.to_thread(batcher.close)
+        assert not batcher.jobs and batcher.rows == 0
+
+    asyncio.run(all_of_them())
+    assert calls[0] == ("wide", 1) and calls[1][0] == "narrow" and sum(n for _, n in calls) == 7
+
+
+@pytest.mark.parametrize(
+    ("cores", "setup", "export", "wanted"),
+    [(1, Setup(), "onnx", (1, 1, 1)), (2, Setup(), "onnx", (2, 1, 2)), (32, Setup(), "onnx", (32, 4, 8)), (8, Setup(threads=3), "onnx", (3, 3, 1)), (8, Setup(workers=2), "onnx", (8, 4, 2)), (8, Setup(threads=2, workers=3), "onnx", (2, 2, 3)), (8, Setup(), "torch", (0, 0, 1))],
+)
+def test_how_cores_are_shared(cores: int, setup: Setup, export: str, wanted: tuple[int, int, int]) -> None:
+    folder = SimpleNamespace(manifest={"default": export}, session=lambda name="", threads=0: threads)
+    wide, beside, workers = side_by_side(folder, setup, cores)
+    assert (wide, wide if beside is None else beside, workers) == wanted
+
+
 def test_a_session_that_loses_rows_is_noticed() -> None:
     async def one() -> None:
         batcher = Batcher(lambda inputs: SimpleNamespace(logits=inputs["x"][:-1], features=inputs["x"]))
@@ -321,6 +363,36 @@ def test_a_text_says_the_same_beside_a_longer_one() -> None:
     session, parts = folder.session(), [folder.read([t]) for t in ("hello", "where is my parcel, it should have come a week ago, and nobody answers")]
     alone, both = session(parts[0]).logits[0], session(together(parts)).logits[0]
     assert np.abs(alone - both).max() < 1e-5 * np.abs(alone).max()
+
+
+# Several models
+
+
+def test_several_models_share_a_gate_and_nothing_else() -> None:
+    made = make_several({"pets": image_folder().folder, "topics": text_folder().folder}, token="c" * 20, setup=Setup(limits=Limits(rate=0.001, burst=3)), log=Log(LOG))
+    ask, known = Direct(made), {"authorization": "Bearer " + "c" * 20}
+    assert ask("/models")[1]["models"]["topics"]["kind"] == "text" and ask("/models/pets/health")[1]["status"] == "ready"
+    assert ask("/models/pets/predict", picture(), "image/png")[0] == 401 and ask("/models/pets/predict", b"hello", "text/plain", **known)[0] == 415
+    assert ask("/models/topics/predict", b"hello", "text/plain", **known)[1]["model"]["name"] == text_folder().manifest["name"]
+    assert ask("/models/pets/predict", picture(), "image/png", **known)[0] == 200
+    assert [ask(f"/models/{name}/predict", b"x", "text/plain", **known)[0] for name in ("pets", "topics")] == [429, 429], "one bucket for all"
+    status, text = ask("/metrics", **known)
+    families = {f.name: f for f in text_string_to_metric_families(text.decode())}
+    assert status == 200 and len(families) == text.decode().count("# TYPE"), "each family once"
+    assert {s.labels["model"] for s in families["adaptkit_answers"].samples} == {"pets", "topics"}
+    made.keeping.draining = True
+    assert ask("/ready")[0] == ask("/models/pets/ready")[0] == 503
+    made.close()
+
+
+def test_if_one_of_several_models_is_wrong_none_is_left_behind(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(AdaptkitError, match=str(tmp_path)):
+        make_several({"good": image_folder().folder, "bad": tmp_path}, log=Log(LOG))
+    assert threading.active_count() == before
+    for names in ({}, {"a b": tmp_path}, {"..": tmp_path}):
+        with pytest.raises(AdaptkitError, match="Name one model or more|can't be called"):
+            make_several(names)
 
 
 # Models that follow one another

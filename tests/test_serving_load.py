@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -336,3 +337,15 @@ def test_the_page_for_texts_with_keys_alone(texts: Running) -> None:
         assert "Hamlet" in tab.locator("#map").inner_text() and tab.locator("#map b").count() == 0
         shots(tab, "demo-text")
         assert not wrong, wrong
+
+
+def test_several_models_at_one_address() -> None:
+    with running({"pets": image_folder().folder, "topics": text_folder().folder}) as up:
+        assert up.ask("/")[1].count(b"<h2>") == 2
+        status, told = up.ask("/models/topics/predict", b"where is my parcel", kind="text/plain")
+        assert status == 200 and json.loads(told)["answers"][0]["class"] in text_folder().classes
+        up.process.send_signal(signal.SIGHUP)
+        while sum(line["event"] == "reload" for line in up.lines()) < 2:
+            time.sleep(0.05)
+        assert {line["outcome"] for line in up.lines() if line["event"] == "reload"} == {"changed"}
+    assert up.process.returncode == 0
