@@ -6,7 +6,7 @@ All answer with the same ONNX file of EfficientNet-Lite0, opened in the same way
 The machine may be busy with other things. So everything is done in turn, the ratio is taken round by round, and beside the answers a second stands the processor time that a server has used for each answer, of which less is
 lost to neighbours.
 
-    python benchmarks/server.py [--rounds 7] [--load 256] [--alone 80] [--many 10000]
+    python benchmarks/server.py [--parts load int8 events] [--rounds 7] [--load 256] [--alone 80] [--many 10000]
 """
 
 from __future__ import annotations
@@ -375,10 +375,56 @@ def no_json(port: int) -> int:
     return asyncio.run(one(port, b"image=cat.png", "application/json"))[0]
 
 
+def network(place: Path, name: str):
+    "A model folder with one export."
+    from adaptkit.data.sources import load_data
+    from adaptkit.deployment.export import export
+    from adaptkit.heads.heads import Named, build_model
+
+    data = load_data("elpv", seed=0) if name == "onnx-int8" else ""  # eight bits have to see images
+    return export(build_model("efficientnet_lite0", data or Named(CLASSES), size=224, seed=0), name, data=data, out=place / name)
+
+
+def part_load(place: Path, options) -> dict[str, object]:
+    "Alone and under load, in float."
+    folder, bodies = network(place, "onnx"), [form(file(i)) for i in range(64)]
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(server(kind, folder.folder)) for kind in KINDS}
+        alone = {kind: overhead(folder, port, options.alone) for kind, (_, port) in servers.items()}
+        found = throughput(servers, bodies, rounds=options.rounds, n=options.load, clients=options.clients)
+        return {"alone": alone, "under_load": found, "status_of_no_json": {kind: no_json(port) for kind, (_, port) in servers.items()}}
+
+
+def part_int8(place: Path, options) -> dict[str, object]:
+    "Under load, in eight bits."
+    folder, bodies = network(place, "onnx-int8"), [form(file(i)) for i in range(64)]
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(server(kind, folder.folder)) for kind in KINDS[:3]}
+        found = throughput(servers, bodies, rounds=options.rounds, n=2 * options.load, clients=options.clients)
+        return {"under_load, eight bits": found}
+
+
+def part_events(place: Path, options) -> dict[str, object]:
+    "Told to end, another model, malformed requests."
+    folder, bodies = network(place, "onnx"), [form(file(i)) for i in range(64)]
+    heard: dict[str, object] = {}
+    for kind in KINDS:
+        with server(kind, folder.folder) as (process, port):
+            heard[kind] = ended(process, port, bodies, clients=16, seconds=2.0)
+    changed = reloaded(folder.folder, bodies, clients=16, times=5)
+    with server("ours", folder.folder) as (process, port):
+        malformed = stormed(folder, process, port, n=options.many)
+    return {"ended_under_load": heard, "reloaded_under_load": changed, "malformed": malformed}
+
+
+PARTS = {"load": part_load, "int8": part_int8, "events": part_events}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 7), ("load", 256), ("alone", 80), ("many", 10_000), ("clients", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
     for name in ("serve", "folder", "port"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
@@ -387,32 +433,15 @@ def main() -> None:
         program(options.serve, options.folder, int(options.port))
         return
     from adaptkit.core.files import write_json
-    from adaptkit.deployment.export import export
-    from adaptkit.heads.heads import Named, build_model
     from adaptkit.training.runs import surroundings
 
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as place:
-        folder = export(build_model("efficientnet_lite0", Named(CLASSES), seed=0), "onnx", out=Path(place) / "lite0")
-        bodies = [form(file(i)) for i in range(64)]
-        found: dict[str, object] = {}
-        with ExitStack() as stack:
-            servers = {kind: stack.enter_context(server(kind, folder.folder)) for kind in KINDS}
-            found["alone"] = {kind: overhead(folder, port, options.alone) for kind, (_, port) in servers.items()}
-            print(json.dumps(found["alone"], indent=1), flush=True)
-            found["under_load"] = throughput(servers, bodies, rounds=options.rounds, n=options.load, clients=options.clients)
-            found["status_of_no_json"] = {kind: no_json(port) for kind, (_, port) in servers.items()}
-        found["ended_under_load"] = {}
-        for kind in KINDS:
-            with server(kind, folder.folder) as (process, port):
-                found["ended_under_load"][kind] = ended(process, port, bodies, clients=16, seconds=2.0)
-            print(kind, found["ended_under_load"][kind], flush=True)
-        found["reloaded_under_load"] = reloaded(folder.folder, bodies, clients=16, times=5)
-        print(found["reloaded_under_load"], flush=True)
-        with server("ours", folder.folder) as (process, port):
-            found["malformed"] = stormed(folder, process, port, n=options.many)
-        print(found["malformed"], flush=True)
-    settings = {name: getattr(options, name) for name in ("rounds", "load", "alone", "many", "clients")}
-    write_json(options.out, {"model": "efficientnet_lite0, 224 pixels, onnx", **settings, **found, **surroundings()})
+        for part in options.parts:
+            found |= PARTS[part](Path(place), options)
+            print(json.dumps(found, indent=1), flush=True)
+            settings = {name: getattr(options, name) for name in ("rounds", "load", "alone", "many", "clients")}
+            write_json(options.out, {**found, "model": "efficientnet_lite0, 224 pixels", **settings, **surroundings()})
 
 
 if __name__ == "__main__":
