@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..core.files import inside
 from ..core.registry import unknown
+from .batching import refusing
 from .folder import ModelFolder, open_folder
 from .gate import Call, Gatekeeping, Reply, Route, as_json
 from .metrics import Log, Meters, Watcher
@@ -186,16 +187,14 @@ class Answering:
 
     async def parsed(self, call: Call) -> Asked:
         "The same as `asked`; large bodies are read beside everything else."
-        if len(call.body) < 2**18:
-            return self.asked(call)
-        return await asyncio.to_thread(self.asked, call)
+        return self.asked(call) if len(call.body) < 2**18 else await asyncio.to_thread(self.asked, call)
 
     async def explain(self, call: Call) -> Reply:
         "What speaks for it?"
         only(call, "target")
         asked = await self.parsed(call)
-        served = self.slot.current
-        folder, target = served.folder, call.query.get("target")
+        served, target = self.slot.current, call.query.get("target")
+        folder = served.folder
         demand(
             self.explains, "This folder holds no model.safetensors: without it nothing can be explained.", status=409
         )
@@ -203,7 +202,8 @@ class Answering:
         demand(len(asked.items) == 1, f"One {asked.kind} is explained at a time: {len(asked.items)} were sent.")
         if target is not None and target not in folder.classes:
             raise Refusal(422, str(unknown("class", target[:40], folder.classes)))
-        found = await self.explaining.ask(folder, asked.items[0], target)  # type: ignore[arg-type]
+        with refusing(422):
+            found = await self.explaining.ask(folder, asked.items[0], target)  # type: ignore[arg-type]
         return explanation(found, served.about(), picture="image/png" in call.headers.get("accept", ""))
 
 # %% ../../nbs/7_deployment/27_app.ipynb #74732d1d
@@ -243,8 +243,9 @@ class Service(Answering):
         name = value.get("folder")
         fine = [*value] == ["folder"] and isinstance(name, str) and name not in ("", ".", "..") and len(name) <= 200
         demand(fine and "/" not in str(name), 'Name the folder, beside the one that is served: {"folder": "..."}.')
-        path = inside(self.slot.path.resolve().parent, str(name))
-        return as_json({"model": (await asyncio.to_thread(self.slot.load, path)).about()})
+        with refusing(422):  # what is wrong with that folder; the model stays
+            served = await asyncio.to_thread(self.slot.load, inside(self.slot.path.resolve().parent, str(name)))
+        return as_json({"model": served.about()})
 
     async def rollback(self, call: Call) -> Reply:
         "Put the model before to work again."

@@ -9,18 +9,19 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ..core.registry import check
+from ..core.registry import AdaptkitError, check
 from .requests import Refusal
 
 # %% auto #0
-__all__ = ['Arrays', 'Session', 'Watch', 'Answer', 'Rows', 'rows_of', 'together', 'Job', 'run_jobs', 'Batcher']
+__all__ = ['Arrays', 'Session', 'Watch', 'Answer', 'Rows', 'rows_of', 'together', 'Job', 'run_jobs', 'Batcher', 'refusing']
 
 # %% ../../nbs/7_deployment/21_batching.ipynb #aaa92185
 Arrays = Mapping[str, npt.NDArray[Any]]  # by the names of a session's inputs, each with a row for each input
@@ -156,7 +157,8 @@ class Batcher:
         loop, n = asyncio.get_running_loop(), rows_of(inputs)
         job = Job(inputs, n, loop.create_future(), loop, texts)
         with self.more:
-            check(not self.closed, "This model answers no more: it was closed.")
+            if self.closed:
+                raise Refusal(503, "This model answers no more: it was closed.")
             if self.rows + n > self.waiting and self.rows:
                 raise Refusal(429, f"{self.rows} inputs are waiting already: ask again in a second.")
             self.jobs.append(job)
@@ -200,3 +202,16 @@ class Batcher:
             self.more.notify_all()
         for thread in self.threads:
             thread.join()
+
+# %% ../../nbs/7_deployment/21_batching.ipynb #48c716a5
+@contextmanager
+def refusing(
+    status: int,  # of HTTP
+) -> Iterator[None]:
+    "What the rest of the library says about an input becomes a refusal."
+    try:
+        yield
+    except Refusal:
+        raise
+    except AdaptkitError as e:
+        raise Refusal(status, str(e)) from e

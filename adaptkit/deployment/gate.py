@@ -219,14 +219,14 @@ def refusal(
     methods: Mapping[str, Route],  # of the path
 ) -> Reply:
     "An error as a sentence."
-    if not isinstance(error, AdaptkitError):
+    if not isinstance(error, Refusal):
         return as_json(
             {
                 "error": "Something went wrong here, not with your request: ask again, or tell us the number of the request."
             },
             500,
         )
-    status = error.status if isinstance(error, Refusal) else 422
+    status = error.status
     more = {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])} if status == 405 else {}
     more |= {"WWW_Authenticate": "Bearer"} if status == 401 else {}
     more |= {"Retry_After": "1"} if status == 429 else {}
@@ -270,7 +270,7 @@ class Gate:
             query = read_query(scope["query_string"])
             return await route(Call(scope["method"], scope["path"], query, headers, body)), size
         except Exception as e:  # becomes a sentence, or a 500 that is logged
-            if not isinstance(e, AdaptkitError):
+            if not isinstance(e, Refusal):
                 self.keeping.log.write(
                     "error", kind=type(e).__name__, route=scope["path"] if scope["path"] in self.routes else "other"
                 )

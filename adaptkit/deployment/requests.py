@@ -55,7 +55,7 @@ class Refusal(AdaptkitError):
 
     def __init__(
         self,
-        status: int,  # of HTTP, 400 to 499
+        status: int,  # of HTTP, from 400 on
         sentence: str,  # for whoever sent it
     ) -> None:
         super().__init__(sentence)

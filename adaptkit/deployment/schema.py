@@ -123,6 +123,7 @@ REFUSED = {
     415: "The model, or the service, doesn't take this kind of input.",
     422: "An image can't be unpacked, or a parameter is wrong.",
     429: "Too many requests at a time.",
+    503: "The server is about to end.",
 }
 
 # %% ../../nbs/7_deployment/25_schema.ipynb #796f3cc5

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..core.registry import AdaptkitError, check
-from .batching import Answer, Arrays, Batcher, Job, Rows, Session, together
+from ..core.registry import check
+from .batching import Answer, Arrays, Batcher, Job, Rows, Session, refusing, together
 from .metrics import Log, Meters, Watcher
 from .reference import softmax
 from .requests import Asked, Limits, Refusal
@@ -209,10 +209,8 @@ class Served:
         kind = self.folder.kind
         if asked.kind != kind:
             raise Refusal(415, f"This model takes {kind}s, and {asked.kind}s were sent.")
-        try:
+        with refusing(422):
             return await asyncio.get_running_loop().run_in_executor(self.readers, self.folder.read, asked.items)
-        except AdaptkitError as e:
-            raise Refusal(422, str(e)) from e
 
     async def say(self, asked: Asked) -> Rows:
         "What the model says about what was sent."
