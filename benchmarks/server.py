@@ -401,7 +401,7 @@ def part_int8(place: Path, options) -> dict[str, object]:
     with ExitStack() as stack:
         servers = {kind: stack.enter_context(server(kind, folder.folder)) for kind in KINDS[:3]}
         found = throughput(servers, bodies, rounds=options.rounds, n=2 * options.load, clients=options.clients)
-        return {"under_load, eight bits": found}
+        return {"under_load": found}
 
 
 def part_events(place: Path, options) -> dict[str, object]:
@@ -438,10 +438,10 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     with tempfile.TemporaryDirectory() as place:
         for part in options.parts:
-            found |= PARTS[part](Path(place), options)
-            print(json.dumps(found, indent=1), flush=True)
             settings = {name: getattr(options, name) for name in ("rounds", "load", "alone", "many", "clients")}
-            write_json(options.out, {**found, "model": "efficientnet_lite0, 224 pixels", **settings, **surroundings()})
+            found[part] = {**PARTS[part](Path(place), options), "model": "efficientnet_lite0, 224 pixels", "settings": settings, **surroundings()}
+            print(json.dumps(found[part], indent=1), flush=True)
+            write_json(options.out, found)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from .served import Folder, Opener, Setup, Slot
 from ..models.sources import sha256
 
 # %% auto #0
-__all__ = ['painted', 'Explaining', 'rounded', 'explanation', 'whole_number', 'only', 'Answering', 'Service', 'make_service']
+__all__ = ['painted', 'Explaining', 'explanation', 'whole_number', 'only', 'Answering', 'Service', 'make_service']
 
 # %% ../../nbs/7_deployment/27_app.ipynb #6210e3f2
 def painted(
@@ -98,13 +98,6 @@ class Explaining:
         "Answer those who wait, then end."
         self.thread.shutdown()
 
-# %% ../../nbs/7_deployment/27_app.ipynb #e5b72d87
-def rounded(
-    values: npt.NDArray[Any],
-) -> Any:  # numbers in lists
-    "Numbers with five digits after the point."
-    return np.round(values.astype(np.float64), 5).tolist()
-
 # %% ../../nbs/7_deployment/27_app.ipynb #a0ad2f0c
 def explanation(
     found: Any,  # what `why` has found, about one input
@@ -125,7 +118,7 @@ def explanation(
     if words:
         pairs = zip(found.words[0], found.values[0].tolist(), strict=True)
         return as_json({**told, "words": [{"word": w, "value": round(float(v), 5)} for w, v in pairs]})
-    return as_json({**told, "map": rounded(found.map[0].float().cpu().numpy())})
+    return as_json({**told, "map": np.round(found.map[0].double().cpu().numpy(), 5).tolist()})
 
 # %% ../../nbs/7_deployment/27_app.ipynb #8aa25be5
 def whole_number(
@@ -158,6 +151,7 @@ class Answering:
     keeping: Gatekeeping
     explaining: Explaining = field(default_factory=Explaining)
     at: str = ""  # what stands in front of all its addresses
+    numbers: bool = True  # whether it tells numbers of its own
 
     def about(self) -> dict[str, Any]:
         "Which model answers."
@@ -234,7 +228,8 @@ class Service(Answering):
         folder, keeping = self.slot.current.folder, self.keeping
         known = [path.removeprefix(self.at) for path in sorted(keeping.open) if path.startswith(self.at)]
         how: dict[str, Any] = {"kind": folder.kind, "classes": folder.classes, "explains": self.explains}
-        return as_json(description(keeping.limits, token=bool(keeping.token), open_paths=known, at=self.at, **how))
+        how |= {"token": bool(keeping.token), "at": self.at, "numbers": self.numbers}
+        return as_json(description(keeping.limits, open_paths=known, **how))
 
     async def reload(self, call: Call) -> Reply:
         "Put another folder to work."
@@ -273,8 +268,8 @@ class Service(Answering):
             "/": self.page,
             "/health": self.health,
             "/ready": self.ready,
-            "/metrics": self.metrics,
             "/openapi.json": self.openapi,
+            **({"/metrics": self.metrics} if self.numbers else {}),
         }
         sent = {"/predict": self.predict, "/explain": self.explain, "/reload": self.reload, "/rollback": self.rollback}
         return {

@@ -5,25 +5,31 @@
 # %% ../../nbs/7_deployment/29_cluster.ipynb #7b332d8d
 from __future__ import annotations
 
+import math
 import secrets
 import signal
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
-from ..core.registry import check, require
+from ..core.files import inside
+from ..core.registry import AdaptkitError, check, require
 from .folder import open_folder
-from .gate import Gate
+from .gate import Gate, check_token
+from .sealed import MANIFEST
 from .served import Setup, try_out
 from ..notebooks.cluster import connected
 from ..notebooks.jobs import Budget
 
 # %% auto #0
-__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'on_cluster', 'ending', 'serve_on_cluster']
+__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'start', 'address_of', 'on_cluster', 'ending',
+           'serve_on_cluster']
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #a54b05b8
 MOST = 256 * 2**20  # bytes that travel
@@ -32,15 +38,15 @@ MOST = 256 * 2**20  # bytes that travel
 def packed(
     folder: str | Path,  # a model folder
 ) -> dict[str, bytes]:  # by the name below the folder
-    "The files of a model folder."
-    root = open_folder(folder).folder
-    files = {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-    size = sum(map(len, files.values()))
+    "The files of a model folder, and nothing else that may lie there."
+    opened = open_folder(folder)
+    files = opened.manifest["files"]
+    size = sum(about["bytes"] for about in files.values())
     check(
         size <= MOST,
-        f"{root} has {size / 2**20:.0f} MiB, and at most {MOST // 2**20} MiB travel: export a smaller one, e.g. --to onnx-int8 alone.",
+        f"{opened.folder} has {size / 2**20:.0f} MiB, and at most {MOST // 2**20} MiB travel: export a smaller one, e.g. --to onnx-int8 alone.",
     )
-    return files
+    return {name: (opened.folder / name).read_bytes() for name in (MANIFEST, *files)}
 
 
 def unpack(
@@ -49,15 +55,15 @@ def unpack(
 ) -> Path:  # the same
     "Write files where they belong."
     for name, content in files.items():
-        path = place / name
+        path = inside(place, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return place
 
+# %% ../../nbs/7_deployment/29_cluster.ipynb #01874842
+ALONE = frozenset(("/reload", "/rollback"))  # addresses that make sense where there is one server
+
 # %% ../../nbs/7_deployment/29_cluster.ipynb #b8bc85df
-ALONE = frozenset(("/reload", "/rollback", "/metrics"))  # addresses that make sense where there is one server
-
-
 class Replica:
     "The application of one model folder, as Ray Serve runs it."
 
@@ -72,10 +78,14 @@ class Replica:
         from adaptkit.deployment.app import make_service
         from adaptkit.deployment.watching import monitor_of
 
-        self.place = tempfile.TemporaryDirectory(prefix="adaptkit-")
-        root = unpack(files, Path(self.place.name) / name)
-        watch = lambda folder: monitor_of(folder, export=setup.export, **monitor) if monitor else None  # noqa: E731
-        self.service = make_service(root, setup=setup, token=token, monitor=watch)
+        how = {"worker": secrets.token_hex(4), "export": setup.export, **monitor}
+        watch = lambda folder: monitor_of(folder, **how) if monitor else None  # noqa: E731
+        with ExitStack() as ends:
+            place = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="adaptkit-"))) / name
+            self.service = make_service(unpack(files, place), setup=setup, token=token, monitor=watch)
+            self.service.numbers = False
+            ends.callback(self.service.close)
+            self.ends = ends.pop_all()
         routes = {path: acts for path, acts in self.service.routes().items() if path not in ALONE}
         self.gate = Gate(routes, self.service.keeping)
 
@@ -90,13 +100,18 @@ class Replica:
 
         await self.gate(request.scope, request.receive, send)
         reply = Response(sent[1]["body"], sent[0]["status"])
-        reply.raw_headers = [*sent[0]["headers"]]
+        reply.raw_headers = [h for h in sent[0]["headers"] if h[0] != b"x-request-id"]  # Ray adds its own
         return reply
 
     def check_health(self) -> None:
         "Called by Ray: an error makes it start another one."
         served = self.service.slot.current
         try_out(served.folder, served.batcher.session)
+
+    def __del__(self) -> None:
+        "Called by Ray at the end: the monitor writes what it has, and nothing is left on the disk."
+        if hasattr(self, "ends"):
+            self.ends.close()
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #acfc71a7
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ class Replicas:
     count: int = 2
     cores: float = 1.0  # of each
     everywhere: bool = False  # whether every machine listens, or the head alone
-    seconds: float = 120.0  # to wait until they answer
+    seconds: float = 300.0  # to wait until they answer
     queue: int = 64  # requests in each at a time
 
     def __post_init__(self) -> None:
@@ -134,39 +149,72 @@ def bind(
     return made.bind(Path(folder).resolve().name, packed(folder), replace(setup, threads=threads), token, monitor)
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #392e11ca
+def start(
+    app: Any,  # of Ray Serve
+    name: str,  # that it gets
+    *,
+    seconds: float,  # to wait until all replicas answer
+    **how: Any,  # arguments of ray.serve.start
+) -> None:
+    "Start Ray Serve and an application, and wait until it answers."
+    ray, serve = require("ray", "cluster"), require("ray.serve", "cluster")
+    end = time.monotonic() + seconds
+    try:
+        serve.start(**how)
+        serve.run_many([serve.RunTarget(app, name, "/")], wait_for_applications_running=False)
+        while (state := serve.status().applications[name]).status != "RUNNING":
+            failed = state.status == "DEPLOY_FAILED"
+            check(not failed, f"The replicas don't start: {state.message.strip().splitlines()[-1]}")
+            late = f"Not all replicas answer after {seconds:g} seconds: has the cluster got the cores that they need?"
+            check(time.monotonic() < end, late)
+            time.sleep(0.2)
+    except (ray.exceptions.RayError, RuntimeError, TimeoutError) as e:
+        said = str(e).strip().splitlines()[-1]
+        raise AdaptkitError(f"Ray Serve doesn't start with {how['http_options']}; is that port free? {said}") from e
+
+
+def address_of(
+    on: str,  # "ray", or "ray://host:port"
+    host: str,  # where the head listens
+    port: int,
+) -> str:
+    "Where somebody else finds what listens at the head of a cluster."
+    head = urlsplit(on).hostname or "127.0.0.1"
+    shown = head if host in ("0.0.0.0", "::") else host
+    return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
+
+# %% ../../nbs/7_deployment/29_cluster.ipynb #8de81280
 @contextmanager
 def on_cluster(
     folder: str | Path,  # a model folder
     *,
     on: str = "ray",  # a Ray of this machine, or "ray://host:port"; one that this program is connected to is used
     replicas: Replicas | None = None,
-    host: str = "127.0.0.1",  # where Ray's server listens; 0.0.0.0: reachable from other machines
-    port: int = 8000,
+    host: str = "127.0.0.1",  # where the head listens: there, for itself alone; 0.0.0.0: reachable from other machines
+    port: int = 8000,  # 1 to 65535
     token: str | None = None,  # that requests need; None: none, on that machine only; empty: none, anywhere
     setup: Setup | None = None,
     monitor: Mapping[str, Any]
     | None = None,  # arguments of monitor_of, with the store that all replicas reach; None: none
 ) -> Iterator[str]:  # the address
     "A model on a cluster, until the block ends."
-    from adaptkit.deployment.gate import check_token
-
     replicas = replicas or Replicas()
     check_token(token, host)
+    check(1 <= port <= 65535, f"port={port}: on a cluster a port is a number from 1 to 65535.")
     app = bind(folder, replicas, setup=setup or Setup(), token=token or "", monitor=monitor or {})
-    name = f"adaptkit-{secrets.token_hex(4)}"
-    with connected(on, Budget(cores=replicas.count * replicas.cores)):
-        serve = require("ray.serve", "cluster")
-        where = "EveryNode" if replicas.everywhere else "HeadOnly"
-        serve.start(
-            proxy_location=where, http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR"}
+    with connected(on, Budget(cores=math.ceil(replicas.count * replicas.cores))) as ray:
+        there = {actor["namespace"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        taken = (
+            "Ray Serve runs on this cluster already, with a host and a port of its own: end it first (serve shutdown)."
         )
+        check("serve" not in there, taken)
+        where = "EveryNode" if replicas.everywhere else "HeadOnly"
+        how = {"proxy_location": where, "http_options": {"host": host, "port": port}}
         try:
-            serve.run(app, name=name, route_prefix="/")
-            yield f"http://{host}:{port}/"
+            start(app, f"adaptkit-{secrets.token_hex(4)}", seconds=replicas.seconds, **how)
+            yield address_of(on, host, port)
         finally:
-            serve.delete(name)
-            if not serve.status().applications:  # those of others stay
-                serve.shutdown()
+            require("ray.serve", "cluster").shutdown()
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #4ba83ba1
 @contextmanager

@@ -5,6 +5,7 @@
 # %% ../../nbs/7_deployment/60_commands.ipynb #0bcf2e44
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ def named(
 
     found: dict[str, Path] = {}
     for folder in folders:
-        whole = folder.resolve()
+        whole = Path(os.path.abspath(folder))  # a link keeps its name, wherever it leads today
         name = whole.parent.name if whole.name == "model" else whole.name
         check(
             name not in found, f"Two folders are called {name!r}: {found.get(name)} and {folder}. Rename one of them."
@@ -174,7 +175,7 @@ def on_ray(
     found, told = ready(folders[0], data=data, watch=watched, chosen=how["chosen"])
     if told:
         click.echo(told, err=True)
-    monitor = {name: how[name] for name in ("store", "window", "level")} if watched else None
+    monitor = {name: how[name] for name in ("store", "window", "level")} if watched and not told else None
     setup = Setup(export=how["chosen"], threads=how["threads"], batch=how["batch"])
     where = {"on": on, "host": how["host"], "port": how["port"], "token": "" if no_token else how["token"]}
     serve_on_cluster(found.folder, replicas=Replicas(replicas), setup=setup, monitor=monitor, **where)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs
 
-from ..core.registry import AdaptkitError, check
+from ..core.registry import check
 from .metrics import Log, Meters
 from .requests import Limits, Refusal
 

@@ -27,7 +27,7 @@ SURE = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class Watcher(Protocol):
-    "Something that looks at answers, as a monitor does."
+    "Something that looks at answers, as a monitor does; called by several threads at once."
 
     @property
     def observe(

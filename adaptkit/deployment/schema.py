@@ -153,6 +153,7 @@ def operations(
     kind: str,  # image or text
     classes: Sequence[str],
     explains: bool,  # whether the model can be explained
+    numbers: bool = True,  # whether it has numbers of its own for Prometheus
 ) -> dict[str, Schema]:
     "What can be done, by address."
     top = parameter("top", {"type": "integer", "minimum": 1, "maximum": 1000}, "How many classes are listed.")
@@ -165,7 +166,8 @@ def operations(
     )
     paths = {"/predict": {"post": predict}, "/ready": {"get": ready}}
     paths["/health"] = {"get": operation("health", "Is the process alive?", state)}
-    paths["/metrics"] = {"get": operation("metrics", "Numbers for Prometheus.", a_reply("Text.", text_plain=TEXT))}
+    if numbers:
+        paths["/metrics"] = {"get": operation("metrics", "Numbers for Prometheus.", a_reply("Text.", text_plain=TEXT))}
     if explains:
         target = parameter(
             "target", {"enum": [*classes]}, "The class that is asked about; missing: the one that is said."
@@ -185,9 +187,10 @@ def description(
     explains: bool,  # whether the model can be explained
     open_paths: Sequence[str] = (),  # that need no token
     at: str = "",  # what stands in front of all its addresses
+    numbers: bool = True,  # whether it has numbers of its own for Prometheus
 ) -> Schema:
     "The whole service, as OpenAPI 3.1."
-    paths = operations(limits, kind=kind, classes=classes, explains=explains)
+    paths = operations(limits, kind=kind, classes=classes, explains=explains, numbers=numbers)
     for path, methods in paths.items():
         for one in methods.values():
             one["security"] = [{"token": []}] if token and path not in open_paths else []

@@ -90,6 +90,8 @@ def serve(
     for package in ("uvicorn", "httptools", "prometheus_client", "onnxruntime"):
         require(package, "deploy")
     check_token(token, host)
+    one = isinstance(folder, Mapping) and hasattr(monitor, "observe")
+    check(not one, "One monitor can't watch several models: give a function that makes one for each.")
     from adaptkit.deployment.server import bound, run_service
 
     sock = bound(host, port)

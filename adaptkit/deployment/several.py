@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.registry import AdaptkitError, check
+from ..core.registry import check
 from .app import Service, make_service
 from .folder import open_folder
 from .gate import Call, Gatekeeping, Reply, Route, as_json
@@ -77,7 +77,7 @@ class Joined:
 LIST = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Models</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body><main>
-<header><h1>Models</h1><p class="soft">{{ models | length }} models answer here.</p></header>
+<header><h1>Models</h1><p class="soft">{{ models | length }} model{% if models | length > 1 %}s{% endif %} at this address.</p></header>
 {% for name, kind, classes in models %}<section><h2><a href="models/{{ name }}/">{{ name }}</a></h2>
 <p>Sorts {{ kind }}s into: {{ classes[:8] | join(", ") }}{% if classes | length > 8 %} and {{ classes | length - 8 }} more{% endif %}.</p></section>
 {% endfor %}<footer>What you send is answered and not kept. <a href="models">For programs</a></footer>
@@ -132,9 +132,7 @@ class Several:
             "/ready": self.ready,
             "/metrics": self.metrics,
         }
-        each = {
-            s.at + path: acts for s in self.services.values() for path, acts in s.routes().items() if path != "/metrics"
-        }
+        each = {s.at + path: acts for s in self.services.values() for path, acts in s.routes().items()}
         return {**{path: {"GET": act} for path, act in own.items()}, **each}
 
     def reread(self) -> None:
@@ -143,7 +141,7 @@ class Several:
         for name, service in self.services.items():
             try:
                 service.reread()
-            except AdaptkitError as e:
+            except Exception as e:  # of ONNX Runtime, too
                 wrong.append(f"{name}: {e}")
         check(not wrong, " ".join(wrong))
 
@@ -174,7 +172,7 @@ def make_several(
     try:
         for name, path in paths.items():
             made = make_service(path, setup=setup, monitor=monitor, opener=opener, log=log)
-            services[name] = Service(made.slot, keeping, made.explaining, at[name])
+            services[name] = Service(made.slot, keeping, made.explaining, at[name], numbers=False)
     except Exception:
         for service in services.values():
             service.close()
