@@ -213,5 +213,5 @@ def test_a_node_dies_under_load_and_the_other_answers(cluster: Any, tmp_path: Pa
         s.listen()
         with pytest.raises(AdaptkitError, match="is that port free"), on_cluster(folder.folder, port=s.getsockname()[1], replicas=Replicas(1, seconds=60)):
             pass
-    with pytest.raises(AdaptkitError, match="the cores that they need"), on_cluster(folder.folder, port=free_port(), replicas=Replicas(2, seconds=15)):
+    with pytest.raises(AdaptkitError, match="the cores that they need"), on_cluster(folder.folder, port=free_port(), replicas=Replicas(2, seconds=5)):
         pass

@@ -28,8 +28,8 @@ from ..notebooks.cluster import connected
 from ..notebooks.jobs import Budget
 
 # %% auto #0
-__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'start', 'address_of', 'on_cluster', 'ending',
-           'serve_on_cluster']
+__all__ = ['MOST', 'ALONE', 'packed', 'unpack', 'Replica', 'Replicas', 'bind', 'last_line', 'start', 'address_of', 'on_cluster',
+           'ending', 'serve_on_cluster']
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #a54b05b8
 MOST = 256 * 2**20  # bytes that travel
@@ -149,6 +149,13 @@ def bind(
     return made.bind(Path(folder).resolve().name, packed(folder), replace(setup, threads=threads), token, monitor)
 
 # %% ../../nbs/7_deployment/29_cluster.ipynb #392e11ca
+def last_line(
+    text: str,
+) -> str:
+    "The last line of a text, where Python says what was wrong."
+    return (text.strip().splitlines() or [""])[-1]
+
+
 def start(
     app: Any,  # of Ray Serve
     name: str,  # that it gets
@@ -163,14 +170,13 @@ def start(
         serve.start(**how)
         serve.run_many([serve.RunTarget(app, name, "/")], wait_for_applications_running=False)
         while (state := serve.status().applications[name]).status != "RUNNING":
-            failed = state.status == "DEPLOY_FAILED"
-            check(not failed, f"The replicas don't start: {state.message.strip().splitlines()[-1]}")
+            check(state.status != "DEPLOY_FAILED", f"The replicas don't start: {last_line(state.message)}")
             late = f"Not all replicas answer after {seconds:g} seconds: has the cluster got the cores that they need?"
             check(time.monotonic() < end, late)
             time.sleep(0.2)
     except (ray.exceptions.RayError, RuntimeError, TimeoutError) as e:
-        said = str(e).strip().splitlines()[-1]
-        raise AdaptkitError(f"Ray Serve doesn't start with {how['http_options']}; is that port free? {said}") from e
+        where = how["http_options"]
+        raise AdaptkitError(f"Ray Serve doesn't start with {where}; is that port free? {last_line(str(e))}") from e
 
 
 def address_of(
