@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torchvision import models
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.distillation.costs import compare_students, latencies, median_of, megabytes, multiply_adds, threads
 from adaptkit.distillation.cutting import cut_layers
-from adaptkit.distillation.students import Branches
+from adaptkit.distillation.students import Branches, Sparse
 from adaptkit.heads.heads import Named, build_model, load_model, save_model
 from adaptkit.models.backbones import folded, fused, lite0_classifier, load_backbone
 from adaptkit.models.reading import over_tokens
@@ -314,3 +316,31 @@ def test_a_damaged_recipe_is_an_error(tmp_path):
         (tmp_path / "model.json").write_text(json.dumps(record))
         with pytest.raises(AdaptkitError):
             load_model(tmp_path)
+
+
+# --- a crash of PyTorch 2.15 -----------------------------------------------------------------------
+
+LEARN = """
+import torch
+from adaptkit.heads.heads import Named, build_model
+net = build_model("mobile_tiny", Named(("a", "b")), size=64, seed=0).train().to(memory_format=torch.channels_last)
+for _ in range(4):
+    x = torch.rand(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    torch.nn.functional.cross_entropy(net(x), torch.tensor([0, 1] * 4)).backward()
+"""
+
+
+def test_a_student_learns_with_channels_side_by_side():
+    done = subprocess.run([sys.executable, "-c", LEARN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_pixels_that_are_apart_are_the_same_convolution(groups):
+    torch.manual_seed(0)
+    ours, x = Sparse(4, 8, 1, 2, 0, groups=groups), torch.rand(3, 4, 9, 7, requires_grad=True)
+    theirs = nn.Conv2d(4, 8, 1, 2, 0, groups=groups)
+    theirs.load_state_dict(ours.state_dict())
+    assert ours(x).shape == (3, 8, 5, 4)
+    for mine, other in zip(torch.autograd.grad(ours(x).square().sum(), [x, ours.weight]), torch.autograd.grad(theirs(x).square().sum(), [x, theirs.weight]), strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()

@@ -22,8 +22,8 @@ from ..models.sources import untrained
 from ..models.stages import Backbone, ImageBackbone
 
 # %% auto #0
-__all__ = ['STAGES', 'mobile_tiny', 'mobile_small', 'mobile_medium', 'as_kernel', 'Branches', 'separable', 'mobile_stages',
-           'mobile', 'member']
+__all__ = ['STAGES', 'mobile_tiny', 'mobile_small', 'mobile_medium', 'as_kernel', 'Sparse', 'Branches', 'separable',
+           'mobile_stages', 'mobile', 'member']
 
 # %% ../../nbs/5b_distillation/40_students.ipynb #86d8ca5a
 def as_kernel(
@@ -43,6 +43,14 @@ def as_kernel(
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return weight * scale.view(-1, 1, 1, 1), norm.bias.double() - norm.running_mean.double() * scale
 
+# %% ../../nbs/5b_distillation/40_students.ipynb #f18762f9
+class Sparse(nn.Conv2d):
+    "A convolution of single pixels that are `stride` apart; PyTorch 2.15 crashes where one of three channels learns."
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = self.stride
+        return nn.functional.conv2d(x[..., ::down, ::right], self.weight, self.bias, groups=self.groups)
+
 # %% ../../nbs/5b_distillation/40_students.ipynb #787aa2f4
 class Branches(nn.Module):
     "A convolution and ReLU that learn as a sum of branches and serve as one convolution (RepVGG, Ding 2021)."
@@ -60,7 +68,8 @@ class Branches(nn.Module):
         check(kernel % 2 == 1, f"A kernel of {kernel} has no middle: take an odd side.")
         self.branches = nn.ModuleList()
         for side in sorted({kernel, 1}, reverse=True):
-            conv = nn.Conv2d(inside, outside, side, stride, side // 2, groups=groups, bias=False)
+            kind = Sparse if side == 1 < stride else nn.Conv2d
+            conv = kind(inside, outside, side, stride, side // 2, groups=groups, bias=False)
             self.branches.append(nn.Sequential(conv, nn.BatchNorm2d(outside)))
         if inside == outside and stride == 1:
             self.branches.append(nn.BatchNorm2d(outside))
