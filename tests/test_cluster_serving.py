@@ -146,7 +146,7 @@ class Clients:
     def __init__(self, url: str, images: list[bytes], wanted: list[float]) -> None:
         self.url, self.images, self.wanted = url, images, wanted
         self.stop, self.answers, self.errors, self.wrong = threading.Event(), 0, Counter[str](), 0
-        self.asked = [0] * 6  # requests that are over, of each
+        self.asked = [0] * 6  # requests that each has begun
         self.threads = [threading.Thread(target=self.work, args=(i,)) for i in range(6)]
 
     def work(self, me: int) -> None:

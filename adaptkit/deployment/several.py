@@ -114,10 +114,6 @@ class Several:
         told = {name: {"at": service.at + "/", **service.about()} for name, service in self.services.items()}
         return as_json({"status": "ending" if self.keeping.draining else "ready", "models": told})
 
-    async def ready(self, call: Call) -> Reply:
-        "Whether requests should be sent here."
-        return as_json({"status": "ending"}, 503) if self.keeping.draining else as_json({"status": "ready"})
-
     async def metrics(self, call: Call) -> Reply:
         "Numbers for Prometheus."
         text = await asyncio.to_thread(self.numbers.text)
@@ -129,7 +125,7 @@ class Several:
             "/": self.page,
             "/models": self.models,
             "/health": self.models,
-            "/ready": self.ready,
+            "/ready": next(iter(self.services.values())).ready,  # of one is that of all: they share the gate
             "/metrics": self.metrics,
         }
         each = {s.at + path: acts for s in self.services.values() for path, acts in s.routes().items()}
