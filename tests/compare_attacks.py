@@ -210,7 +210,7 @@ def fastest(net: nn.Module, x: Tensor, y: Tensor, ours: Attack, theirs: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in (("images", 500), ("steps", 100), ("targets", 9), ("queries", 5000), ("batch", 500), ("repeat", 1)):
+    for name, value in (("images", 500), ("steps", 100), ("targets", 9), ("queries", 5000), ("batch", 500), ("repeat", 1), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--norms", nargs="*", default=list(EPS))
@@ -218,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     for robust in map(bool, args.models):
         if not args.only or "single" in args.only:
             for row in single_runs(robust):
@@ -233,7 +233,7 @@ def main() -> None:
                 if args.only and name not in args.only:
                     continue
                 best = fastest(net, x, y, ours, theirs, norm=norm, repeat=args.repeat)
-                print(json.dumps({"attack": name, "norm": norm, "robust": robust, "images": len(x), **best}), flush=True)
+                print(json.dumps({"attack": name, "norm": norm, "robust": robust, "images": len(x), "threads": args.threads, **best}), flush=True)
 
 
 if __name__ == "__main__":

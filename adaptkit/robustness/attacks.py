@@ -98,7 +98,7 @@ def climb(
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,  # logits and y to one value for each image, [B]
 ) -> Tensor:  # like x; an image that has fallen is kept as it fell
     "Projected gradient ascent (Madry 2018), each image for itself."
-    found, here, rows = start.clone(), start, torch.arange(len(x), device=x.device)
+    found, here, rows = torch.empty_like(start), start, torch.arange(len(x), device=x.device)
     way = torch.zeros_like(x) if momentum else x
     for _ in range(steps):
         logits, _, gradient = input_gradient(model, here, y, loss=loss)
@@ -112,6 +112,7 @@ def climb(
         if momentum:
             gradient = way = momentum * way + gradient / column(gradient.abs().flatten(1).mean(1).clamp_min(1e-12), x)
         here = ball.inside(x, ball.step(here, gradient, size))
+        del gradient  # or the next pass has less room
     found[rows] = here
     return found
 
@@ -177,16 +178,19 @@ def climb_again(
     if targets is not None:
         with torch.no_grad():
             check_targets(targets, y, model(x[:1]).shape[1])
-    aim, best, rows = y if targets is None else targets, x.clone(), torch.arange(len(x), device=x.device)
-    height = torch.full((len(x),), -torch.inf, device=x.device)
+    aim, rows = y if targets is None else targets, torch.arange(len(x), device=x.device)
     size = 2.5 * attack.eps / attack.steps if size is None else size
     climbing = partial(climb, model, ball=ball, size=size, steps=attack.steps, momentum=attack.momentum, loss=loss)
+    climbing = partial(climbing, leave=attack.early_stop, targeted=targets is not None)
+    begin: Callable[[Tensor], Tensor] = (
+        partial(ball.start, generator=generator) if attack.random_start else Tensor.detach
+    )
+    if attack.restarts == 1:
+        return climbing(x, aim, start=begin(x))
+    best, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
     for _ in range(attack.restarts):
         here, goal = x[rows], aim[rows]
-        start = ball.start(here, generator=generator) if attack.random_start else here
-        found = climbing(here, goal, start=start, leave=attack.early_stop, targeted=targets is not None)
-        if attack.restarts == 1:
-            return found
+        found = climbing(here, goal, start=begin(here))
         with torch.no_grad():
             logits = model(found)
         values = loss(logits, goal) * (1 if targets is None else -1)

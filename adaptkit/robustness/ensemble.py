@@ -5,8 +5,12 @@
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #0612a26d
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +23,39 @@ from .fab import FABT
 from .square import Square
 
 # %% auto #0
-__all__ = ['packs', 'AutoAttack', 'fell']
+__all__ = ['packs', 'shared_cores', 'AutoAttack', 'fell']
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #d8907429
 def packs(
     rows: Tensor,  # numbers of images, [B]
-    size: int | None,  # images at once, >= 1; None: 64 on a CPU, 512 on a GPU
-) -> Iterator[Tensor]:
-    "Row numbers in packs of one size."
-    size = size or (64 if rows.device.type == "cpu" else 512)
-    yield from (rows[i : i + size] for i in range(0, len(rows), size))
+    size: int | None,  # most images at once, >= 1; None: 64 on a CPU, 512 on a GPU
+) -> tuple[Tensor, ...]:  # an even number of them, unless there is one or none
+    "Row numbers in packs of the same size, or nearly."
+    least = -(-len(rows) // (size or (64 if rows.device.type == "cpu" else 512)))
+    return rows.tensor_split(min(len(rows), least + least % 2 if least > 1 else least)) if len(rows) else ()
+
+
+@contextmanager
+def shared_cores(
+    packs: int,  # how many packs there are
+    device: torch.device,  # where the images are
+    *,
+    most: int = 4,  # packs at once, >= 1: each needs memory of its own
+) -> Iterator[Callable[..., Iterable[Any]]]:  # as `map`
+    "Threads for packs, each with its share of PyTorch's own, which are as they were afterwards; none on a GPU, nor under autocast, which no other thread sees."
+    threads = torch.get_num_threads()
+    plain = device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    workers = 1 if plain else min(packs, threads, most)
+    if workers <= 1:
+        yield map
+        return
+    pool = ThreadPoolExecutor(workers)
+    torch.set_num_threads(threads // workers)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #51c2c8fb
 @ATTACKS.register("autoattack")
@@ -61,9 +88,12 @@ class AutoAttack(Settings):
         with quiet_model(model):
             rows = (inspect_model(model, x, y).argmax(1) == y).nonzero()[:, 0]
             for attack in self.attacks:
-                rows = torch.cat(
-                    [fell(model, x, y, found, pack, attack, draw) for pack in packs(rows, self.pack)] or [rows]
-                )
+                parts = packs(rows, self.pack)
+                seeds = torch.randint(2**62, (len(parts),), generator=draw, device=draw.device)
+                draws = [torch.Generator().manual_seed(int(n)) for n in seeds]
+                tried = partial(fell, model, x, y, found, attack=attack)
+                with shared_cores(len(parts), x.device) as each:
+                    rows = torch.cat([rows[:0], *each(lambda p, g, f=tried: f(p, generator=g), parts, draws)])
         return found
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #16f93d76
@@ -73,6 +103,7 @@ def fell(
     y: Tensor,  # all labels, [B]
     found: Tensor,  # where adversarial images are put, like x
     rows: Tensor,  # which images to attack
+    *,
     attack: Attack,  # with what
     generator: torch.Generator,  # where random numbers come from
 ) -> Tensor:  # the rows that still stand
