@@ -34,7 +34,7 @@ test: $(STAMP)  ## run every test: the package, the rules of the house, every pa
 ifdef TESTS
 	@$(BIN)/python -m pytest $(TESTS)
 else
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 4 --dist loadfile || beside=failed; \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder || beside=failed; \
 	$(BIN)/python -m pytest -m alone && test -z "$$beside"
 endif
 

@@ -154,17 +154,21 @@ def main() -> None:
             measure(name, asked.students, asked.root, (asked.place or Path(place)) / name)
 
 
+def known() -> dict:
+    "What has been measured."
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def measure(name: str, students: list[str], root: str | None, place: Path) -> None:
     "One data set; what has been measured of others, and of other students, stays."
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     try:
         data, large = prepared(name, root)
     except AdaptkitError as e:
         print(f"{name}: not measured. {e}", flush=True)
-        results.setdefault(name, {"not measured": "The images were not on this machine (Debian: dataset-fashion-mnist)."})
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        missing = {name: {"not measured": "The images were not on this machine (Debian: dataset-fashion-mnist)."}}
+        RESULTS.write_text(json.dumps({**missing, **known()}, indent=1) + "\n")
         return
-    mine = {k: v for k, v in results.get(name, {}).items() if k != "not measured"}
+    mine = {k: v for k, v in known().get(name, {}).items() if k != "not measured"}
     one_class = float(accuracy(majority(data.train, data.test, classes=data.classes)))
     school = School(name, data, large, place)
     labelled = len(school.data.train)
@@ -172,7 +176,7 @@ def measure(name: str, students: list[str], root: str | None, place: Path) -> No
     for student in students:
         mine["students"] = {**mine.get("students", {}), student: judged(school, student)}
         mine |= {"cpu_seconds": {**mine.get("cpu_seconds", {}), **school.seconds}, "where": surroundings()}
-        RESULTS.write_text(json.dumps({**results, name: mine}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**known(), name: mine}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from adaptkit.robustness.attacks import ATTACKS, FGSM, PGD, RFGSM, climb, robust
 from adaptkit.robustness.autopgd import APGD, APGDT, checkpoints, dlr, stalled
 from adaptkit.robustness.balls import NORMS, Ball, lengths, project, random_point, steepest
 from adaptkit.robustness.contract import input_gradient, quiet_model
-from adaptkit.robustness.ensemble import AutoAttack
+from adaptkit.robustness.ensemble import AutoAttack, packs
 from adaptkit.robustness.fab import FABT, onto_plane
 from adaptkit.robustness.measuring import check_attack, traces, victim
 from adaptkit.robustness.minimal import CarliniWagner, DeepFool
@@ -292,6 +294,61 @@ def test_the_ensemble_refuses_dice_and_other_settings() -> None:
                 make(eps, norm)
     with pytest.raises(AdaptkitError, match="at least 1 is needed"):
         AutoAttack(0.1, queries=0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    "Whatever a test does to the number of PyTorch's threads is undone."
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Seen(nn.Module):
+    "A network that remembers which threads have asked it, and fails on demand."
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.asked, self.broken = net, set(), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.add(threading.get_ident())
+        if self.broken and threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError
+        return self.net(x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_ensemble_finds_the_same_on_one_core_and_on_several(norm: str, threads: None) -> None:
+    net, x, y = victim()
+    attack, found = AutoAttack(RADII[norm] / 2, norm, **BUDGET, queries=20, pack=2), []
+    for n in (1, 2, 3):
+        seen = Seen(net)
+        torch.set_num_threads(n)
+        found.append(attack.perturb(seen, x, y, generator=torch.Generator().manual_seed(4)))
+        assert torch.get_num_threads() == n and (len(seen.asked) > 1) == (n > 1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], attack.perturb(net, x, y, generator=torch.Generator().manual_seed(5)))
+
+
+def test_packs_keep_to_the_calling_thread_under_autocast_and_give_threads_back_after_a_fault(threads: None) -> None:
+    net, x, y = victim()
+    attack, seen = AutoAttack(0.1, **BUDGET, queries=2, pack=2), Seen(net)
+    torch.set_num_threads(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        attack.perturb(seen, x, y)
+    assert seen.asked == {threading.get_ident()}
+    seen.broken = True
+    with pytest.raises(ZeroDivisionError):
+        attack.perturb(seen, x, y)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("n, size, expected", [(0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [3, 2, 2, 2]), (3, 1, [1, 1, 1]), (293, None, [49] * 5 + [48])])
+def test_packs_are_alike_and_an_even_number(n: int, size: int | None, expected: list[int]) -> None:
+    found = packs(torch.arange(n), size)
+    assert [len(p) for p in found] == expected
+    assert not found or torch.equal(torch.cat(found), torch.arange(n))
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -68,7 +68,9 @@ class AutoAttack(Settings):
     steps: int = 100  # gradients for each start or target, >= 1
     targets: int = 9  # classes to try, the likeliest first, >= 1
     queries: int = 5000  # questions of Square, >= 1
-    pack: int | None = None  # images at once, >= 1; None: what suits the device
+    pack: int | None = (
+        None  # most images in a pack, >= 1; None: what suits the device. A CPU works on up to four packs at once
+    )
 
     def __post_init__(self) -> None:
         check_run(self.norm, self.eps, steps=self.steps, targets=self.targets, queries=self.queries)
