@@ -27,8 +27,9 @@ def lengths(
     "How long each difference is."
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
-    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
-    found: Tensor = torch.linalg.vector_norm(delta.flatten(1), order, dim=1)
+    if norm == "linf":
+        return delta.abs().flatten(1).amax(1)  # several times as fast as `vector_norm`
+    found: Tensor = torch.linalg.vector_norm(delta.flatten(1), {"l2": 2, "l1": 1}[norm], dim=1)
     return found
 
 
