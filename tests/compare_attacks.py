@@ -164,7 +164,7 @@ def single_runs(robust: bool) -> Iterator[dict[str, object]]:
         eps = EPS[norm]
         ours = PGD(eps, norm, steps=20, step=eps / 8, random_start=False, early_stop=False).perturb(net, x, y)
         theirs = torchattack(name, eps=eps, alpha=eps / 8, steps=20, random_start=False, **more)(net, x, y)
-        yield {"attack": "single run", "norm": norm, "robust": robust, "apart": float((ours - theirs).abs().max()), "moved": float((ours - x).abs().max())}
+        yield {"attack": "single run", "norm": norm, "robust": robust, "threads": 1, "apart": float((ours - theirs).abs().max()), "moved": float((ours - x).abs().max())}
 
 
 def resident(key: str) -> float:
@@ -216,6 +216,8 @@ def main() -> None:
     parser.add_argument("--norms", nargs="*", default=list(EPS))
     parser.add_argument("--models", nargs="*", type=int, default=[0, 1])
     args = parser.parse_args()
+    if args.threads > 1 and (not args.only or {"memory", "single"} & set(args.only)):
+        parser.error("--threads is for attacks: say which, e.g. --only ensemble; memory and single runs are measured with one.")
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
@@ -227,7 +229,7 @@ def main() -> None:
         x, y = x[: args.images], y[: args.images]
         for norm in args.norms:
             if not robust and "memory" in args.only:
-                print(json.dumps({"attack": "memory of PGD-20", "norm": norm, "robust": robust, "images": 100, **memories(x, norm=norm)}), flush=True)
+                print(json.dumps({"attack": "memory of PGD-20", "norm": norm, "robust": robust, "images": 100, "threads": 1, **memories(x, norm=norm)}), flush=True)
             budget = {"steps": args.steps, "targets": args.targets, "queries": args.queries, "batch": min(args.batch, args.images)}
             for name, ours, theirs in pairs(norm, **budget):
                 if args.only and name not in args.only:

@@ -27,6 +27,12 @@ settings.register_profile("same", derandomize=True)  # to look further: pytest -
 settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Files with a slow test begin first, or one core waits for another at the end (`--no-loadscope-reorder` keeps this order)."
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def same_chance() -> None:
     "Random numbers that nobody seeded are the same each time: a test fails always, or never."

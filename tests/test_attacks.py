@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import signal
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from adaptkit.robustness.attacks import ATTACKS, FGSM, PGD, RFGSM, climb, robust
 from adaptkit.robustness.autopgd import APGD, APGDT, checkpoints, dlr, stalled
 from adaptkit.robustness.balls import NORMS, Ball, lengths, project, random_point, steepest
 from adaptkit.robustness.contract import input_gradient, quiet_model
-from adaptkit.robustness.ensemble import AutoAttack, packs
+from adaptkit.robustness.ensemble import CORES, AutoAttack, crew, packs, side_by_side
 from adaptkit.robustness.fab import FABT, onto_plane
 from adaptkit.robustness.measuring import check_attack, traces, victim
 from adaptkit.robustness.minimal import CarliniWagner, DeepFool
@@ -305,43 +307,91 @@ def threads() -> Iterator[None]:
 
 
 class Seen(nn.Module):
-    "A network that remembers which threads have asked it, and fails on demand."
+    "A network that remembers which threads have asked it."
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.asked, self.broken = net, set(), False
+        self.net, self.asked = net, set()
 
     def forward(self, x: Tensor) -> Tensor:
         self.asked.add(threading.get_ident())
-        if self.broken and threading.current_thread() is not threading.main_thread():
-            raise ZeroDivisionError
         return self.net(x)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_ensemble_finds_the_same_on_one_core_and_on_several(norm: str, threads: None) -> None:
     net, x, y = victim()
-    attack, found = AutoAttack(RADII[norm] / 2, norm, **BUDGET, queries=20, pack=2), []
+    attack, found, here = AutoAttack(RADII[norm] / 2, norm, **BUDGET, queries=20, pack=2), [], threading.get_ident()
     for n in (1, 2, 3):
         seen = Seen(net)
         torch.set_num_threads(n)
-        found.append(attack.perturb(seen, x, y, generator=torch.Generator().manual_seed(4)))
-        assert torch.get_num_threads() == n and (len(seen.asked) > 1) == (n > 1)
+        found.append(attack.perturb(seen, x.requires_grad_(), y, generator=torch.Generator().manual_seed(4)))
+        assert torch.get_num_threads() == n and bool(seen.asked - {here}) == (n > 1) and not found[-1].requires_grad
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert not torch.equal(found[0], attack.perturb(net, x, y, generator=torch.Generator().manual_seed(5)))
 
 
-def test_packs_keep_to_the_calling_thread_under_autocast_and_give_threads_back_after_a_fault(threads: None) -> None:
+def test_packs_keep_to_the_calling_thread_where_others_would_not_inherit_its_settings(threads: None) -> None:
     net, x, y = victim()
     attack, seen = AutoAttack(0.1, **BUDGET, queries=2, pack=2), Seen(net)
     torch.set_num_threads(2)
     with torch.autocast("cpu", torch.bfloat16):
         attack.perturb(seen, x, y)
     assert seen.asked == {threading.get_ident()}
-    seen.broken = True
-    with pytest.raises(ZeroDivisionError):
-        attack.perturb(seen, x, y)
-    assert torch.get_num_threads() == 2
+    with torch.inference_mode():
+        assert crew(5, x.device) == 1
+    assert crew(5, x.device) == 2 and crew(1, x.device) == 1 and crew(0, x.device) == 1 and crew(5, torch.device("meta")) == 1
+
+
+@pytest.mark.parametrize("n, packs, workers", [(3, 2, 1), (3, 8, 3), (4, 8, 4), (6, 8, 3), (7, 8, 1), (8, 8, 4), (16, 3, 2)])
+def test_as_many_cores_as_possible_are_busy(n: int, packs: int, workers: int, threads: None) -> None:
+    torch.set_num_threads(n)
+    assert crew(packs, torch.device("cpu")) == workers
+
+
+def shared(work, n: int = 2) -> list[Tensor]:
+    "What `side_by_side` makes of n parts."
+    rows = [torch.tensor([k]) for k in range(n)]
+    return side_by_side(work, lambda x: x, rows, [torch.Generator() for _ in rows], workers=2)
+
+
+def test_two_packs_are_under_way_at_once_unless_somebody_else_has_the_cores(threads: None) -> None:
+    torch.set_num_threads(2)
+    both = threading.Barrier(2, timeout=20)
+
+    def meet(model, rows: Tensor, generator: torch.Generator) -> Tensor:
+        both.wait()
+        assert torch.get_num_threads() == 1
+        return model(rows)
+
+    assert [int(r) for r in shared(meet, 4)] == [0, 1, 2, 3] and torch.get_num_threads() == 2
+    with CORES:
+        assert {int(r) for r in shared(lambda *_: torch.tensor(threading.get_ident()))} == {threading.get_ident()}
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_fault_or_ctrl_c_ends_the_packs_that_are_under_way(fault: type[BaseException], threads: None) -> None:
+    torch.set_num_threads(2)
+    both, asked, before = threading.Barrier(2, timeout=20), [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def work(model, rows: Tensor, generator: torch.Generator) -> Tensor:
+        both.wait()
+        if int(rows) == 1 and fault is ZeroDivisionError:
+            raise fault
+        if int(rows) == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        while len(asked) < 10_000:
+            asked.append(model(rows))
+            time.sleep(0.001)
+        return rows
+
+    try:
+        with pytest.raises(fault):
+            shared(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.get_num_threads() == 2 and not CORES.locked() and len(asked) < 10_000
 
 
 @pytest.mark.parametrize("n, size, expected", [(0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [3, 2, 2, 2]), (3, 1, [1, 1, 1]), (293, None, [49] * 5 + [48])])

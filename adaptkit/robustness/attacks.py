@@ -99,7 +99,7 @@ def climb(
 ) -> Tensor:  # like x; an image that has fallen is kept as it fell
     "Projected gradient ascent (Madry 2018), each image for itself."
     found, here, rows = torch.empty_like(start), start, torch.arange(len(x), device=x.device)
-    way = torch.zeros_like(x) if momentum else x
+    way = torch.zeros_like(x) if momentum else rows
     for _ in range(steps):
         logits, _, gradient = input_gradient(model, here, y, loss=loss)
         stays = (logits.argmax(1) == y) ^ targeted if leave else None
@@ -187,7 +187,7 @@ def climb_again(
     )
     if attack.restarts == 1:
         return climbing(x, aim, start=begin(x))
-    best, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
+    best, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
     for _ in range(attack.restarts):
         here, goal = x[rows], aim[rows]
         found = climbing(here, goal, start=begin(here))
@@ -197,7 +197,7 @@ def climb_again(
         stays = (logits.argmax(1) == goal) ^ (targets is not None)
         values[~stays] = torch.inf
         higher = values > height[rows]
-        best[rows[higher]], height[rows[higher]] = found[higher], values[higher]
+        best[rows[higher]], height[rows[higher]] = found[higher], values[higher].to(height)
         rows = rows[stays]
         if not len(rows):
             break

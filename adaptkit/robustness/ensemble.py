@@ -5,12 +5,11 @@
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #0612a26d
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from threading import Event, Lock
 
 import torch
 from torch import Tensor
@@ -23,39 +22,64 @@ from .fab import FABT
 from .square import Square
 
 # %% auto #0
-__all__ = ['packs', 'shared_cores', 'AutoAttack', 'fell']
+__all__ = ['CORES', 'packs', 'crew', 'side_by_side', 'AutoAttack', 'fell']
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #d8907429
 def packs(
     rows: Tensor,  # numbers of images, [B]
     size: int | None,  # most images at once, >= 1; None: 64 on a CPU, 512 on a GPU
-) -> tuple[Tensor, ...]:  # an even number of them, unless there is one or none
+) -> tuple[Tensor, ...]:  # an even number of them, unless one is enough or each holds one image
     "Row numbers in packs of the same size, or nearly."
     least = -(-len(rows) // (size or (64 if rows.device.type == "cpu" else 512)))
     return rows.tensor_split(min(len(rows), least + least % 2 if least > 1 else least)) if len(rows) else ()
 
+# %% ../../nbs/5a_robustness/15_ensemble.ipynb #f0ba893a
+CORES = Lock()  # held by whoever has changed PyTorch's number of threads, which all share
 
-@contextmanager
-def shared_cores(
+
+def crew(
     packs: int,  # how many packs there are
     device: torch.device,  # where the images are
     *,
     most: int = 4,  # packs at once, >= 1: each needs memory of its own
-) -> Iterator[Callable[..., Iterable[Any]]]:  # as `map`
-    "Threads for packs, each with its share of PyTorch's own, which are as they were afterwards; none on a GPU, nor under autocast, which no other thread sees."
-    threads = torch.get_num_threads()
-    plain = device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    workers = 1 if plain else min(packs, threads, most)
-    if workers <= 1:
-        yield map
-        return
-    pool = ThreadPoolExecutor(workers)
-    torch.set_num_threads(threads // workers)
+) -> int:  # >= 1
+    "How many threads may work on packs, so that as many cores as possible are busy; one on a GPU, and where other threads would not inherit how PyTorch is set."
+    special = torch.is_inference_mode_enabled() or any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    threads = 1 if special or device.type != "cpu" else torch.get_num_threads()
+    return max(range(1, max(1, min(packs, threads, most)) + 1), key=lambda n: (n * (threads // n), n))
+
+
+def side_by_side(
+    work: Callable[[Logits, Tensor, torch.Generator], Tensor],  # asks a model about some rows
+    model: Logits,  # quiet
+    parts: Sequence[Tensor],  # rows
+    draws: Sequence[torch.Generator],  # one for each part
+    *,
+    workers: int,  # parts at once, >= 1
+) -> list[Tensor]:  # one for each part
+    "Several parts at once, each with its share of PyTorch's threads; a fault, or Ctrl-C, stops all of them at their next question."
+    if workers == 1 or not CORES.acquire(blocking=False):
+        return [work(model, rows, draw) for rows, draw in zip(parts, draws, strict=True)]
+    stop, threads, pool = Event(), torch.get_num_threads(), ThreadPoolExecutor(workers)
+
+    def asked(x: Tensor) -> Tensor:
+        if stop.is_set():
+            raise CancelledError
+        return model(x)
+
     try:
-        yield pool.map
+        torch.set_num_threads(threads // workers)
+        tasks = [pool.submit(work, asked, rows, draw) for rows, draw in zip(parts, draws, strict=True)]
+        for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+            task.result()
+        return [task.result() for task in tasks]
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        stop.set()
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(threads)
+            CORES.release()
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #51c2c8fb
 @ATTACKS.register("autoattack")
@@ -86,28 +110,29 @@ class AutoAttack(Settings):
     def perturb(self, model: Logits, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         "Adversarial images; those that stand are returned as they were."
         check_images(x, y)
-        draw, found = fresh(generator), x.clone()
+        x, draw = x.detach(), fresh(generator)
+        found = x.clone()
         with quiet_model(model):
             rows = (inspect_model(model, x, y).argmax(1) == y).nonzero()[:, 0]
             for attack in self.attacks:
                 parts = packs(rows, self.pack)
-                seeds = torch.randint(2**62, (len(parts),), generator=draw, device=draw.device)
-                draws = [torch.Generator().manual_seed(int(n)) for n in seeds]
-                tried = partial(fell, model, x, y, found, attack=attack)
-                with shared_cores(len(parts), x.device) as each:
-                    rows = torch.cat([rows[:0], *each(lambda p, g, f=tried: f(p, generator=g), parts, draws)])
+                seeds = torch.randint(2**62, (len(parts),), generator=draw, device=draw.device).tolist()
+                draws = [torch.Generator(draw.device).manual_seed(n) for n in seeds]
+                tried = partial(fell, x=x, y=y, found=found, attack=attack)
+                left = side_by_side(tried, model, parts, draws, workers=crew(len(parts), x.device))
+                rows = torch.cat([rows[:0], *left])
         return found
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #16f93d76
 def fell(
     model: Logits,  # quiet
+    rows: Tensor,  # which images to attack
+    generator: torch.Generator,  # where random numbers come from
+    *,
     x: Tensor,  # all images, [B, C, H, W]
     y: Tensor,  # all labels, [B]
     found: Tensor,  # where adversarial images are put, like x
-    rows: Tensor,  # which images to attack
-    *,
     attack: Attack,  # with what
-    generator: torch.Generator,  # where random numbers come from
 ) -> Tensor:  # the rows that still stand
     "Attack some images, ask the model again, and keep what is wrong."
     moved = attack.perturb(model, x[rows], y[rows], generator=generator)
