@@ -380,6 +380,7 @@ def test_a_fault_or_ctrl_c_ends_the_packs_that_are_under_way(fault: type[BaseExc
         if int(rows) == 1 and fault is ZeroDivisionError:
             raise fault
         if int(rows) == 1:
+            time.sleep(0.2)  # until the other thread waits
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         while len(asked) < 10_000:
             asked.append(model(rows))

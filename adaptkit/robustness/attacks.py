@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from .measuring import check_attack as check_attack
 from .measuring import robust_accuracy as robust_accuracy
 
 # %% auto #0
-__all__ = ['LOSSES', 'FGSM', 'RFGSM', 'climb', 'PGD', 'climb_again']
+__all__ = ['LOSSES', 'FGSM', 'RFGSM', 'climb', 'PGD', 'climb_once', 'climb_again']
 
 # %% ../../nbs/5a_robustness/10_attacks.ipynb #a245c606
 @ATTACKS.register("fgsm")
@@ -165,6 +165,23 @@ class PGD(Settings):
             return climb_again(self, model, suited(x), y, targets, fresh(generator))
 
 # %% ../../nbs/5a_robustness/10_attacks.ipynb #ee532b05
+def climb_once(
+    attack: PGD,  # its settings
+    model: Logits,  # quiet
+    x: Tensor,  # images in [0, 1], [B, C, H, W]
+    y: Tensor,  # labels to get away from, or targets to reach, [B]
+    *,
+    targeted: bool,  # whether y are targets
+    generator: torch.Generator,  # of the random start
+) -> Tensor:  # like x
+    "PGD from one start."
+    ball = Ball(attack.norm, attack.eps, attack.sparsity)
+    size = 2.5 * attack.eps / attack.steps if attack.step is None else attack.step
+    start = ball.start(x, generator=generator) if attack.random_start else x
+    how: dict[str, Any] = {"steps": attack.steps, "momentum": attack.momentum, "leave": attack.early_stop}
+    return climb(model, x, y, start=start, ball=ball, size=size, targeted=targeted, loss=LOSSES[attack.loss], **how)
+
+# %% ../../nbs/5a_robustness/10_attacks.ipynb #c6aa4666
 def climb_again(
     attack: PGD,  # its settings
     model: Logits,  # quiet
@@ -174,27 +191,20 @@ def climb_again(
     generator: torch.Generator,  # of the random starts
 ) -> Tensor:  # like x
     "PGD from each start, for the images that still stand; the best of all starts."
-    ball, loss, size = Ball(attack.norm, attack.eps, attack.sparsity), LOSSES[attack.loss], attack.step
     if targets is not None:
         with torch.no_grad():
             check_targets(targets, y, model(x[:1]).shape[1])
-    aim, rows = y if targets is None else targets, torch.arange(len(x), device=x.device)
-    size = 2.5 * attack.eps / attack.steps if size is None else size
-    climbing = partial(climb, model, ball=ball, size=size, steps=attack.steps, momentum=attack.momentum, loss=loss)
-    climbing = partial(climbing, leave=attack.early_stop, targeted=targets is not None)
-    begin: Callable[[Tensor], Tensor] = (
-        partial(ball.start, generator=generator) if attack.random_start else Tensor.detach
-    )
+    aim, rows, targeted = y if targets is None else targets, torch.arange(len(x), device=x.device), targets is not None
     if attack.restarts == 1:
-        return climbing(x, aim, start=begin(x))
+        return climb_once(attack, model, x, aim, targeted=targeted, generator=generator)
     best, height = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
     for _ in range(attack.restarts):
-        here, goal = x[rows], aim[rows]
-        found = climbing(here, goal, start=begin(here))
+        goal = aim[rows]
+        found = climb_once(attack, model, x[rows], goal, targeted=targeted, generator=generator)
         with torch.no_grad():
             logits = model(found)
-        values = loss(logits, goal) * (1 if targets is None else -1)
-        stays = (logits.argmax(1) == goal) ^ (targets is not None)
+        values = LOSSES[attack.loss](logits, goal) * (-1 if targeted else 1)
+        stays = (logits.argmax(1) == goal) ^ targeted
         values[~stays] = torch.inf
         higher = values > height[rows]
         best[rows[higher]], height[rows[higher]] = found[higher], values[higher].to(height)

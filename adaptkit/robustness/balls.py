@@ -27,10 +27,10 @@ def lengths(
     "How long each difference is."
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
+    sides = tuple(range(1, delta.ndim))
     if norm == "linf":
-        sides = tuple(range(1, delta.ndim))
         return torch.maximum(delta.amax(sides), -delta.amin(sides))  # without a copy, unlike `vector_norm`
-    found: Tensor = torch.linalg.vector_norm(delta.flatten(1), {"l2": 2, "l1": 1}[norm], dim=1)
+    found: Tensor = torch.linalg.vector_norm(delta, {"l2": 2, "l1": 1}[norm], dim=sides)
     return found
 
 

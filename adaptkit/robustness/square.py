@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from adaptkit.robustness.contract import (
 )
 
 # %% auto #0
-__all__ = ['share_at', 'side_at', 'Standing', 'signs', 'corner', 'stripes', 'square_linf', 'bump', 'bumps', 'tiles', 'square_l2',
-           'ask', 'Square']
+__all__ = ['share_at', 'side_at', 'Standing', 'signs', 'corner', 'stripes', 'square_linf', 'bump', 'pair', 'bumps', 'tiles',
+           'square_l2', 'ask', 'Square']
 
 # %% ../../nbs/5a_robustness/13_square.ipynb #4c8b861f
 def share_at(
@@ -125,13 +126,21 @@ def bump(
     return heights[torch.maximum(down, across).clamp_max(rings - 1)]
 
 # %% ../../nbs/5a_robustness/13_square.ipynb #261ba73c
+@lru_cache(maxsize=64)  # a search asks for the same side thousands of times
+def pair(
+    side: int,  # pixels, >= 2
+) -> Tensor:  # [side, side], length 1; not to be changed
+    "One bump up, below it one down."
+    both = torch.cat([bump(side // 2, side), -bump(side - side // 2, side)])
+    return both / lengths(both[None], "l2")
+
+
 def bumps(
     side: int,  # pixels, >= 2
     generator: torch.Generator,  # decides whether they lie side by side or one above the other
 ) -> Tensor:  # [side, side], length 1
     "One bump up, one down."
-    both: Tensor = torch.cat([bump(side // 2, side), -bump(side - side // 2, side)])
-    both = both / lengths(both[None], "l2")
+    both: Tensor = pair(side)
     return both.T if bool(torch.rand((), generator=generator, device=generator.device) > 0.5) else both
 
 # %% ../../nbs/5a_robustness/13_square.ipynb #8790e864
