@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.registry import check
+from .energy import energies
 from ..heads.heads import HasClasses, Model, build_model, count
 from ..models.fusing import fused, probe_of
 from ..models.stages import evaluating, short
@@ -134,6 +135,7 @@ class Cost:
     multiply_adds: int  # for one input
     megabytes: float  # of the stored weights, 10^6 bytes
     latency: Latency  # of one input
+    millijoules: float | None = None  # drawn by the processor for one input; None: it can't be read
 
     def to_json(self) -> dict[str, Any]:
         "Plain values."
@@ -158,7 +160,13 @@ def costs(
     "What models cost once they are folded; timed in turns, on the CPU."
     ready = {name: fused(m).cpu() for name, m in models.items()}
     took = latencies(ready, rounds=rounds, seed=seed)
-    return [Cost(name, m.size, count(m)[0], multiply_adds(m), megabytes(m), took[name]) for name, m in ready.items()]
+    with threads(1):
+        used = energies(ready, seed=seed) or dict.fromkeys(ready)
+
+    def cost(name: str, m: Model) -> Cost:
+        return Cost(name, m.size, count(m)[0], multiply_adds(m), megabytes(m), took[name], used[name])
+
+    return [cost(name, m) for name, m in ready.items()]
 
 # %% ../../nbs/5b_distillation/36_costs.ipynb #8222554f
 @dataclass(frozen=True)
@@ -177,6 +185,8 @@ class Choice:
             for c in self.costs
         ]
         found = pd.DataFrame(rows, index=[c.name for c in self.costs], columns=names)
+        if all(c.millijoules is not None for c in self.costs):
+            found["mJ"] = [round(c.millijoules or 0.0, 3) for c in self.costs]
         for name, of in (("parameters, times fewer", "parameters"), ("multiply-adds, times fewer", "multiply_adds")):
             most = max(getattr(c, of) for c in self.costs)
             found[name] = [round(most / max(1, getattr(c, of)), 1) for c in self.costs]

@@ -51,6 +51,11 @@ class Lineage:
         luck = "chance alone explains that" if g.low <= 0 <= g.high else "hard to explain by the choice of images"
         return f"{kept}, {cost}. Against the same student alone its accuracy differs by {g} points: {luck}."
 
+    @property
+    def energy(self) -> bool:
+        "Whether it was measured."
+        return all(c.millijoules is not None for c in self.costs.values())
+
     def rows(self) -> list[dict[str, str]]:
         "The table as text, one row a line."
         found = []
@@ -62,6 +67,8 @@ class Lineage:
             "multiply-adds": lambda c: short(c.multiply_adds),
         }
         told |= {"MB": lambda c: f"{c.megabytes:.2f}", "one input": lambda c: str(c.latency)}
+        if self.energy:
+            told["mJ"] = lambda c: f"{c.millijoules:.3f}"
         return found + [{"in %": k, **{r: f(c) for r, c in self.costs.items()}} for k, f in told.items()]
 
     def table(self) -> pd.DataFrame:
@@ -201,7 +208,7 @@ PAGE = (
 <section><h2>Line by line</h2><div class="scroll"><table><thead><tr>{% for c in columns(rows) %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr>{% for c in columns(rows) %}<td>{{ row[c] if c in row else '' }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div><p><small>With 95 % intervals over the test samples; those of the last column are paired.
-Energy is not compared.</small></p></section></main></body></html>
+{{ energy }}</small></p></section></main></body></html>
 """
 )
 
@@ -212,6 +219,11 @@ def lineage_page(
     "A lineage report for somebody without Python."
     told = {"title": f"What a student inherited: {report.data}", "subtitle": f"{report.n} test samples"}
     told |= {"style": STYLE, "verdict": report.verdict, "picture": figure_uri(report.show(), dpi=110)}
+    told["energy"] = (
+        "mJ is what the whole processor drew for one input, what else ran on it included."
+        if report.energy
+        else "Energy isn't compared: no counter of the processor could be read."
+    )
     return filled(PAGE, {**told, "remarks": report.remarks, "columns": columns, "rows": report.rows()})
 
 
