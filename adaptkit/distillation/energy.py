@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.progress import progress
 from ..core.registry import check
 from ..models.fusing import probe_of
 
@@ -90,7 +91,7 @@ def energies(
     found: dict[str, list[float]] = {name: [] for name in models}
     order, dice = list(models), random.Random(seed)
     with torch.inference_mode():
-        for _ in range(rounds):
+        for _ in progress(range(rounds), "energy"):
             dice.shuffle(order)
             for name in order:
                 found[name].append(drawn(models[name], sensors, seconds=seconds))
