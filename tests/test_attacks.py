@@ -22,7 +22,7 @@ from adaptkit.robustness.attacks import ATTACKS, FGSM, PGD, RFGSM, climb, robust
 from adaptkit.robustness.autopgd import APGD, APGDT, checkpoints, dlr, stalled
 from adaptkit.robustness.balls import NORMS, Ball, lengths, project, random_point, steepest
 from adaptkit.robustness.contract import input_gradient, quiet_model
-from adaptkit.robustness.ensemble import CORES, AutoAttack, crew, packs, side_by_side
+from adaptkit.robustness.ensemble import CORES, AutoAttack, map_packs, packs, worker_count
 from adaptkit.robustness.fab import FABT, onto_plane
 from adaptkit.robustness.measuring import check_attack, traces, victim
 from adaptkit.robustness.minimal import CarliniWagner, DeepFool
@@ -339,20 +339,20 @@ def test_packs_keep_to_the_calling_thread_where_others_would_not_inherit_its_set
         attack.perturb(seen, x, y)
     assert seen.asked == {threading.get_ident()}
     with torch.inference_mode():
-        assert crew(5, x.device) == 1
-    assert crew(5, x.device) == 2 and crew(1, x.device) == 1 and crew(0, x.device) == 1 and crew(5, torch.device("meta")) == 1
+        assert worker_count(5, x.device) == 1
+    assert worker_count(5, x.device) == 2 and worker_count(1, x.device) == 1 and worker_count(0, x.device) == 1 and worker_count(5, torch.device("meta")) == 1
 
 
 @pytest.mark.parametrize("n, packs, workers", [(3, 2, 1), (3, 8, 3), (4, 8, 4), (6, 8, 3), (7, 8, 1), (8, 8, 4), (16, 3, 2)])
 def test_as_many_cores_as_possible_are_busy(n: int, packs: int, workers: int, threads: None) -> None:
     torch.set_num_threads(n)
-    assert crew(packs, torch.device("cpu")) == workers
+    assert worker_count(packs, torch.device("cpu")) == workers
 
 
 def shared(work, n: int = 2) -> list[Tensor]:
-    "What `side_by_side` makes of n parts."
+    "What `map_packs` makes of n parts."
     rows = [torch.tensor([k]) for k in range(n)]
-    return side_by_side(work, lambda x: x, rows, [torch.Generator() for _ in rows], workers=2)
+    return map_packs(work, lambda x: x, rows, [torch.Generator() for _ in rows], workers=2)
 
 
 def test_two_packs_are_under_way_at_once_unless_somebody_else_has_the_cores(threads: None) -> None:

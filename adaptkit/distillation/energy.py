@@ -5,7 +5,6 @@
 # %% ../../nbs/5b_distillation/35_energy.ipynb #7573900d
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from ..core.registry import check
 from ..models.fusing import probe_of
 
 # %% auto #0
-__all__ = ['POWERCAP', 'Counter', 'counters', 'drawn', 'energies']
+__all__ = ['POWERCAP', 'Counter', 'readable', 'counters', 'drawn', 'energies']
 
 # %% ../../nbs/5b_distillation/35_energy.ipynb #f85883a5
 POWERCAP = Path("/sys/class/powercap")  # of Linux
@@ -47,6 +46,17 @@ class Counter:
         return now - before if now >= before else now - before + self.most + 1
 
 
+def readable(
+    file: Path,
+) -> bool:
+    "Whether it can be read, which only trying tells: some virtual machines show counters that answer with an error."
+    try:
+        file.read_bytes()
+    except OSError:
+        return False
+    return True
+
+
 def counters(
     place: Path = POWERCAP,  # a folder as Linux lays it out
 ) -> tuple[Counter, ...]:  # one for each processor; none where nothing is counted, or not for us
@@ -54,7 +64,7 @@ def counters(
     found = []
     for folder in sorted(place.glob("intel-rapl:*")):  # AMD's have this name, too
         whole = folder.name.count(":") == 1 and (folder / "name").read_text().startswith("package")
-        if whole and os.access(folder / "energy_uj", os.R_OK):
+        if whole and readable(folder / "energy_uj"):
             found.append(Counter(folder / "energy_uj", int((folder / "max_energy_range_uj").read_text())))
     return tuple(found)
 
@@ -81,10 +91,8 @@ def energies(
     seconds: float = 0.2,  # of each time, above 0
     seed: int = 0,  # of the order in each round
     place: Path = POWERCAP,  # where Linux shows its counters
-) -> (
-    dict[str, float] | None
-):  # by the same names, millijoules for one input, whole processors; None: nothing can be read
-    "The median of several turns, with as many threads as PyTorch has."
+) -> dict[str, float] | None:  # by the same names; None: nothing can be read
+    "Millijoules that whole processors draw for one input: the median of several turns, with as many threads as PyTorch has."
     check(rounds >= 1 and seconds > 0, f"rounds={rounds} and seconds={seconds:g}: both have to be above 0.")
     if not (sensors := counters(place)):
         return None

@@ -22,7 +22,7 @@ from .fab import FABT
 from .square import Square
 
 # %% auto #0
-__all__ = ['CORES', 'packs', 'crew', 'side_by_side', 'AutoAttack', 'fell']
+__all__ = ['CORES', 'packs', 'worker_count', 'map_packs', 'AutoAttack', 'fell']
 
 # %% ../../nbs/5a_robustness/15_ensemble.ipynb #d8907429
 def packs(
@@ -37,7 +37,7 @@ def packs(
 CORES = Lock()  # held by whoever has changed PyTorch's number of threads, which all share
 
 
-def crew(
+def worker_count(
     packs: int,  # how many packs there are
     device: torch.device,  # where the images are
     *,
@@ -49,7 +49,7 @@ def crew(
     return max(range(1, max(1, min(packs, threads, most)) + 1), key=lambda n: (n * (threads // n), n))
 
 
-def side_by_side(
+def map_packs(
     work: Callable[[Logits, Tensor, torch.Generator], Tensor],  # asks a model about some rows
     model: Logits,  # quiet
     parts: Sequence[Tensor],  # rows
@@ -92,9 +92,7 @@ class AutoAttack(Settings):
     steps: int = 100  # gradients for each start or target, >= 1
     targets: int = 9  # classes to try, the likeliest first, >= 1
     queries: int = 5000  # questions of Square, >= 1
-    pack: int | None = (
-        None  # most images in a pack, >= 1; None: what suits the device. A CPU works on up to four packs at once
-    )
+    pack: int | None = None  # most images in a pack, >= 1; None: what suits the device
 
     def __post_init__(self) -> None:
         check_run(self.norm, self.eps, steps=self.steps, targets=self.targets, queries=self.queries)
@@ -119,7 +117,7 @@ class AutoAttack(Settings):
                 seeds = torch.randint(2**62, (len(parts),), generator=draw, device=draw.device).tolist()
                 draws = [torch.Generator(draw.device).manual_seed(n) for n in seeds]
                 tried = partial(fell, x=x, y=y, found=found, attack=attack)
-                left = side_by_side(tried, model, parts, draws, workers=crew(len(parts), x.device))
+                left = map_packs(tried, model, parts, draws, workers=worker_count(len(parts), x.device))
                 rows = torch.cat([rows[:0], *left])
         return found
 
