@@ -5,6 +5,9 @@ Two small networks for digits (trained on images; trained on what PGD makes of t
     python benchmarks/attacks.py [--images 500] [--only ensemble PGD-20] [--models 0 1] [--norms linf l2]
     python benchmarks/attacks.py --only ensemble --threads 2
     python benchmarks/attacks.py --only memory
+    python benchmarks/attacks.py --only network
+
+The last says how often our ensemble asks the network, and what these answers alone cost.
 """
 
 from __future__ import annotations

@@ -201,6 +201,53 @@ def memories(x: Tensor, *, norm: str) -> dict[str, dict[str, float]]:
     return {k: {"mib": min(extra_memory(partial(run, net, x, y)) for _ in range(3))} for k, run in runs.items()}
 
 
+class Counted(nn.Module):
+    "A network that counts the images it is asked about, where a gradient is wanted and where not."
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.looks, self.gradients = net, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            self.gradients += len(x)
+        else:
+            self.looks += len(x)
+        return self.net(x)
+
+
+def least_seconds(run: Callable[[Tensor], object], x: Tensor) -> float:
+    "Processor seconds for one image: the least of several sizes of a batch, and of several tries."
+    found = []
+    for size in (32, 48, 64, 96, 128, 256):
+        part = x[:size].contiguous(memory_format=torch.channels_last)
+        for _ in range(8):
+            began = time.process_time()
+            for _ in range(1024 // size):
+                run(part)
+            found.append((time.process_time() - began) / (1024 // size) / len(part))
+    return min(found)
+
+
+def alone(net: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, float]:
+    "How often our attack asks the network, and what these answers alone cost in this PyTorch: the least for whoever asks as often."
+    counted = Counted(net)
+    began = time.process_time()
+    attack.perturb(counted, x, y)
+    spent = time.process_time() - began
+
+    def gradient(part: Tensor) -> object:
+        part = part.detach().requires_grad_()
+        return torch.autograd.grad(net(part).sum(), part)
+
+    with quiet_model(net):
+        with torch.no_grad():
+            look = least_seconds(net, x)
+        slope = least_seconds(gradient, x)
+    seconds = counted.looks * look + counted.gradients * slope
+    return {"looks": counted.looks, "gradients": counted.gradients, "look_us": round(1e6 * look, 2), "gradient_us": round(1e6 * slope, 2), "network_seconds": round(seconds, 2), "processor_seconds": round(spent, 2)}
+
+
 def fastest(net: nn.Module, x: Tensor, y: Tensor, ours: Attack, theirs: dict[str, Theirs], *, norm: str, repeat: int) -> dict[str, dict[str, float]]:
     "By package: robust accuracy, and the shortest of some times, in turn; with one thread the processor's seconds don't depend on what else runs."
     runs: dict[str, Theirs] = {"ours": ours.perturb, **theirs}
@@ -216,8 +263,8 @@ def main() -> None:
     parser.add_argument("--norms", nargs="*", default=list(EPS))
     parser.add_argument("--models", nargs="*", type=int, default=[0, 1])
     args = parser.parse_args()
-    if args.threads > 1 and (not args.only or {"memory", "single"} & set(args.only)):
-        parser.error("--threads is for attacks: say which, e.g. --only ensemble; memory and single runs are measured with one.")
+    if args.threads > 1 and (not args.only or {"memory", "single", "network"} & set(args.only)):
+        parser.error("--threads is for attacks: say which, e.g. --only ensemble; memory, single runs and the network alone are measured with one.")
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
@@ -232,6 +279,8 @@ def main() -> None:
                 print(json.dumps({"attack": "memory of PGD-20", "norm": norm, "robust": robust, "images": 100, "threads": 1, **memories(x, norm=norm)}), flush=True)
             budget = {"steps": args.steps, "targets": args.targets, "queries": args.queries, "batch": min(args.batch, args.images)}
             for name, ours, theirs in pairs(norm, **budget):
+                if name == "ensemble" and "network" in args.only:
+                    print(json.dumps({"attack": "the network alone", "norm": norm, "robust": robust, "images": len(x), "threads": args.threads, **alone(net, x, y, ours)}), flush=True)
                 if args.only and name not in args.only:
                     continue
                 best = fastest(net, x, y, ours, theirs, norm=norm, repeat=args.repeat)

@@ -55,6 +55,14 @@ def test_square_finds_what_the_published_one_finds(python: Path) -> None:
         assert abs(row["ours"]["accuracy"] - row["published"]["accuracy"]) <= 0.08, row  # two random searches
 
 
+def test_the_ensemble_asks_no_more_than_the_budget_allows(python: Path) -> None:
+    (row,) = compared(python, "--only", "network", "--models", "1", "--norms", "linf", "--images", "20", "--steps", "10", "--targets", "2", "--queries", "50")
+    climbs, walks = 3 * 11, 2 * 10  # each image: one run of APGD, two towards targets, two walks
+    assert 20 <= row["gradients"] <= 20 * (climbs + walks) + 10, row
+    assert 20 * 50 / 4 <= row["looks"] <= 20 * (50 + walks + 20), row
+    assert 0 < row["network_seconds"] < row["processor_seconds"], row
+
+
 def test_smallest_changes_are_as_small_as_those_of_the_others(python: Path) -> None:
     rows = compared(python, "--images", "50", "--norms", "l2", "--only", "DeepFool", "C&W")
     assert len(rows) == 4
