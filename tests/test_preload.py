@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import Empty
 from typing import Any
+from unittest.mock import AsyncMock, patch
 
 import nbformat
 import psutil
@@ -17,6 +20,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from adaptkit.notebooks.jobs import Budget, Job, run_jobs
 from adaptkit.notebooks.preload import Forked
+from adaptkit.notebooks.ready import ReadyClient, ReadyManager
 from adaptkit.notebooks.records import Record
 from adaptkit.notebooks.runner import PageError, run_page
 
@@ -141,3 +145,51 @@ def test_a_project_names_what_to_preload(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.adaptkit]\npreload = ['torch', 'pandas']")
     assert preloads(tmp_path) == ("torch", "pandas")
     assert set(preloads(Path(__file__).parents[1])) >= {"torch", "pandas"}
+
+
+def test_a_kernel_that_is_ready_has_said_all_about_our_question(tmp_path: Path) -> None:
+    async def spare() -> tuple[int, bool]:
+        manager = ReadyManager()
+        await manager.start_kernel(cwd=str(tmp_path))
+        client = manager.client()
+        client.start_channels()
+        await client.wait_for_ready(timeout=60)
+        left = 0
+        while await client.iopub_channel.msg_ready():
+            left += (await client.get_iopub_msg())["msg_type"] == "status"
+        client.stop_channels()
+        await manager.shutdown_kernel()
+        return left, await manager.is_alive()
+
+    assert asyncio.run(spare()) == (0, False)
+
+
+def test_a_kernel_that_dies_before_it_is_ready_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(3)")
+    began = time.monotonic()
+    with pytest.raises(PageError, match="died before replying"):
+        run_page(write_page(tmp_path, "1"), tmp_path / "out.ipynb", progress=False)
+    assert time.monotonic() - began < 30
+
+
+def test_a_kernel_without_a_word_is_given_up_in_time() -> None:
+    class Mute:
+        async def get_msg(self, timeout: float) -> None:
+            await asyncio.sleep(timeout)
+            raise Empty
+
+    client = ReadyClient()
+    with patch.multiple(ReadyClient, shell_channel=Mute(), iopub_channel=Mute(), kernel_info=lambda self: "1", is_alive=AsyncMock(return_value=True)):
+        with pytest.raises(RuntimeError, match="didn't respond in 1 seconds"):
+            asyncio.run(client.wait_for_ready(timeout=1))
+
+
+def test_freed_memory_is_kept_for_the_next_tensor(tmp_path: Path) -> None:
+    step = "x = [torch.ones(2**k) for k in (14, 16, 18, 19, 20)]\n    y = [2 * a for a in x]"
+    counted = f"import resource, torch\ndef faults(n):\n  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n  for _ in range(n):\n    {step}\n  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\nfaults(50)\nfaults(200)"
+    pages = [tmp_path / f"{n}.ipynb" for n in (0, 1)]
+    for out, modules in zip(pages, ((), ("torch",)), strict=True):
+        run_page(write_page(tmp_path, counted), out, preload=modules, progress=False)
+    fresh, forked = (int(nbformat.read(out, 4).cells[-1].outputs[-1].data["text/plain"]) for out in pages)
+    assert forked < 0.3 * fresh

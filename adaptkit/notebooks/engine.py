@@ -20,6 +20,7 @@ from .meter import UNKNOWN, hardware
 from .parameters import inject
 from .partial import Copy
 from .post_mortem import UNFINISHED, post_mortem
+from .ready import ReadyManager
 from .stages import stage_keys
 
 # %% auto #0
@@ -74,7 +75,7 @@ def kernel_source(
 ) -> dict[str, Any]:  # options of nbclient
     "Who starts the kernel."
     if not request.preload:
-        return {}
+        return {"kernel_manager_class": ReadyManager}
     from adaptkit.notebooks.preload import ForkingManager
 
     config.ForkingManager.modules = list(request.preload)
@@ -103,7 +104,7 @@ def run_notebook(
     request.nb = nb
     with sockets() as config:
         try:
-            rest |= {**kernel_source(request, config), **renamed}
+            rest = {**kernel_source(request, config), **rest, **renamed}
             client = Client(manager, request=request, config=config, log=logger, **rest)
             client.execute()
             ended(nb, None)

@@ -12,16 +12,32 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from traitlets import List
 
+from .ready import ReadyManager
+
 # %% auto #0
-__all__ = ['INLINE', 'FRESH', 'unshare', 'become', 'Forked', 'ForkingProvisioner', 'ForkingManager']
+__all__ = ['INLINE', 'FRESH', 'USUAL', 'keep_freed', 'unshare', 'become', 'Forked', 'ForkingProvisioner', 'ForkingManager']
 
 # %% ../../nbs/8_notebooks/25b_preload.ipynb #9514eaa0
 INLINE = "module://matplotlib_inline.backend_inline"  # where a kernel's figures go
 FRESH = tuple(sys.path)  # where a new Python looks: the forking process imports this module first
+USUAL = (
+    *("ipykernel.kernelapp", "ipykernel.debugger", "tornado.platform.asyncio", "threadpoolctl", "nbformat", "sqlite3"),
+    *(f"IPython.{name}" for name in ("core.completerlib", "core.debugger", "core.logger", "core.oinspect")),
+    "IPython.extensions.storemagic",
+)  # what every kernel imports before its first cell
+
+
+def keep_freed() -> None:
+    "Let the C library keep up to 128 MiB of freed memory for the next tensors, where it is glibc's."
+    from ctypes import CDLL
+
+    mallopt = getattr(CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a block is the system's
+        mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD: so much is kept
 
 
 def unshare(
@@ -43,6 +59,7 @@ def become(
     cwd: str | None,  # where it runs; where its parent does if None
 ) -> None:
     "Go on as a kernel, in a session of its own."
+    keep_freed()
     gc.freeze()  # the collector need not walk through all that was imported
     os.setsid()
     os.environ.clear()
@@ -102,8 +119,7 @@ class ForkingProvisioner(LocalProvisioner):
 
         context = get_context("forkserver")
         os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # else the debugger warns of what nobody asked
-        usual = ("ipykernel.kernelapp", "ipykernel.debugger", "threadpoolctl")
-        context.set_forkserver_preload([__name__, *usual, *self.modules])
+        context.set_forkserver_preload([__name__, *USUAL, *self.modules])
         asked = cmd[3:], dict(kwargs["env"]), kwargs.get("cwd")
         forked = Forked(context.Process(target=become, args=asked))
         self.process: Any = forked
@@ -111,7 +127,7 @@ class ForkingProvisioner(LocalProvisioner):
         return self.connection_info
 
 
-class ForkingManager(AsyncKernelManager):
+class ForkingManager(ReadyManager):
     "A kernel manager that asks for forked kernels."
 
     modules: Any = List(help="What to import before forking.").tag(config=True)
