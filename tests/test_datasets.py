@@ -14,7 +14,7 @@ from PIL import Image
 from adaptkit.core.files import read_json, write_json
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.ahead import ahead_of, in_threads
-from adaptkit.data.datasets import Batch, Data, Samples, Source, batches
+from adaptkit.data.datasets import Batch, Data, Samples, Source, batches, picture, squares
 from adaptkit.data.images import Preprocess
 from adaptkit.data.splits import divided, load_split, pattern, save_split, split_rows
 
@@ -278,3 +278,15 @@ def test_stored_division_of_other_images_is_refused(tmp_path: Path) -> None:
         load_split(data(60), write_json(path, ["train"]))
     with pytest.raises(AdaptkitError, match="Cannot read"):
         load_split(data(60), tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("side", [8, 24, 90])
+def test_a_grey_image_is_shaped_once_and_comes_out_the_same(tmp_path: Path, fit: str, side: int) -> None:
+    grey, spec = np.random.default_rng(side).integers(0, 256, (60, 41), np.uint8), Preprocess(side, fit)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "colour.png")
+    found = squares([tmp_path / "grey.png", tmp_path / "colour.png", grey, np.repeat(grey[..., None], 3, axis=-1)], spec)
+    assert found.shape == (4, 3, side, side) and (found == found[:1]).all()
+    assert picture(tmp_path / "grey.png").shape == picture(grey).shape == (60, 41, 3)
+    assert picture(tmp_path / "grey.png", channels=0).shape == picture(grey, channels=0).shape == (60, 41, 1)

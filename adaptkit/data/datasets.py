@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +40,12 @@ def picture(
     item: Path | Pixels,  # an image file, or uint8 [H, W] or [H, W, 3]
     *,
     at_least: int = 0,  # pixels; as in read_image, for files
-) -> Pixels:  # [H, W, 3]
+    channels: Literal[0, 3] = 3,  # 0: one for a grey image
+) -> Pixels:  # [H, W, 3], or [H, W, 1]
     "One image, wherever it comes from."
     if isinstance(item, Path):
-        return read_image(item, at_least=at_least)
-    return item if item.ndim == 3 else np.repeat(item[..., None], 3, axis=-1)
+        return read_image(item, at_least=at_least, channels=channels)
+    return item if item.ndim == 3 else np.repeat(item[..., None], channels or 1, axis=-1)
 
 # %% ../../nbs/1_data/10_datasets.ipynb #35cfe80d
 def squares(
@@ -54,7 +55,8 @@ def squares(
     "Read and shape images in parallel."
 
     def one(item: Path | Pixels) -> Pixels:
-        return preprocess(picture(item, at_least=2 * spec.size), spec)
+        square = preprocess(picture(item, at_least=2 * spec.size, channels=0), spec)
+        return np.broadcast_to(square, (3, spec.size, spec.size))  # a grey image is shaped once, not three times
 
     parts = list(in_threads(one, items))
     return torch.from_numpy(np.stack(parts) if parts else np.empty((0, 3, spec.size, spec.size), np.uint8))

@@ -106,7 +106,7 @@ def reason(
 def read_image(
     path: str | Path,  # an image file
     *,
-    channels: Literal[1, 3] = 3,  # 1 = grey, 3 = red, green, blue
+    channels: Literal[0, 1, 3] = 3,  # 1 = grey, 3 = red, green, blue, 0 = as many as it has
     at_least: int = 0,  # pixels; lets a large JPEG be decoded smaller, see above; 0 = full size
 ) -> Pixels:  # [H, W, channels]
     "Read one image as it was meant to be seen, or say in one sentence why that is impossible."
@@ -115,8 +115,8 @@ def read_image(
         image = decode(path, at_least=at_least)
     except Exception as e:  # damaged files raise nearly everything: OSError, SyntaxError, struct.error, ValueError ...
         raise AdaptkitError(f"Cannot read the image {path}: {reason(e)}.") from e
-    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    return pixels.reshape(*pixels.shape[:2], channels)  # [H, W, C]
+    pixels = np.asarray(image.convert({0: image.mode, 1: "L", 3: "RGB"}[channels]))
+    return pixels.reshape(*pixels.shape[:2], -1)  # [H, W, C]
 
 # %% ../../nbs/1_data/05_images.ipynb #74163b74
 def problem(
