@@ -91,7 +91,7 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch):
     done = shell("doctor", cwd=tmp_path)
     lines = {line.split(maxsplit=3)[2 if " extra " not in line else 3].split()[0]: line for line in done.stdout.splitlines()}
     assert done.returncode == 0, done.stderr
-    assert lines["elpv"].startswith("ok") and lines["torchmetrics"].startswith("ok")
+    assert lines["elpv"].startswith("ok") and lines["schemathesis"].startswith("ok")
     assert lines["cifar10"].startswith("--") and "download=True" in lines["cifar10"]
 
 

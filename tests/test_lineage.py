@@ -1,4 +1,4 @@
-"The lineage report: shares against numpy and torchmetrics, paired intervals, controls, and files that come back."
+"The lineage report: shares against numpy, paired intervals, controls, and files that come back."
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.distillation.lineage import Lineage, lineage, lineage_page, read_lineage, write_lineage
@@ -50,15 +49,6 @@ def report(data, models) -> Lineage:
 
 
 # --- measures --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bins", [15, 4])
-def test_calibration_is_that_of_torchmetrics(bins):
-    p = some(0)
-    theirs = multiclass_calibration_error(
-        torch.from_numpy(p.probabilities).float(), torch.from_numpy(p.labels), num_classes=5, n_bins=bins
-    )
-    assert float(calibration(p, bins=bins)(np.ones(len(p)))) == pytest.approx(float(theirs), abs=1e-6)
 
 
 def test_weights_are_copies_of_images():

@@ -1,4 +1,4 @@
-"Metrics, intervals and comparisons against scikit-learn, scipy and torchmetrics."
+"Metrics, intervals and comparisons against scikit-learn and scipy."
 
 import warnings
 
@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.evaluation.compare import compare, crosstab, mcnemar
 from adaptkit.evaluation.intervals import bootstrap, resampled, score, scores, wilson
-from adaptkit.evaluation.metrics import METRICS, Predictions, accuracy, auroc, balanced_accuracy, f1, remarks
+from adaptkit.evaluation.metrics import METRICS, Predictions, auroc, balanced_accuracy, f1, remarks
 from adaptkit.evaluation.pictures import confused_pairs, confusion, draw_errors, highest_losses
 
 ABSENT = {"labels": lambda y, k: np.where(y == k - 1, 0, y), "none": lambda y, k: y}
@@ -40,19 +40,6 @@ def test_metrics_equal_scikit_learn(n: int, k: int, seed: int, ties: bool) -> No
     }
     for name, value in expected.items():
         assert float(METRICS[name](p)) == pytest.approx(value, abs=1e-6), name
-
-
-@pytest.mark.parametrize(("n", "k", "seed"), CASES)
-def test_metrics_equal_torchmetrics(n: int, k: int, seed: int) -> None:
-    from torchmetrics.functional import classification as tm
-
-    p = make(n, k, seed)
-    probabilities, y = torch.tensor(p.probabilities), torch.tensor(p.labels)
-    options = {"num_classes": k, "average": "macro"}
-    assert float(balanced_accuracy(p)) == pytest.approx(float(tm.multiclass_accuracy(probabilities, y, **options)), abs=1e-6)
-    assert float(f1(p)) == pytest.approx(float(tm.multiclass_f1_score(probabilities, y, **options)), abs=1e-6)
-    assert float(auroc(p)) == pytest.approx(float(tm.multiclass_auroc(probabilities, y, **options)), abs=1e-6)
-    assert float(accuracy(p)) == pytest.approx(float(tm.multiclass_accuracy(probabilities, y, num_classes=k, average="micro")), abs=1e-6)
 
 
 @pytest.mark.parametrize(("n", "k", "seed"), CASES)

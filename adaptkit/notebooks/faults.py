@@ -226,25 +226,25 @@ def planting(
 # %% ../../nbs/8_notebooks/32_faults.ipynb #624a2b97
 def footprint(
     prefixes: tuple[str, ...],  # top-level packages
-) -> dict[tuple[str, str], object]:  # by module and attribute
+) -> dict[tuple[str, ...], object]:  # by module and attribute, or module, class and attribute
     "Every attribute of every loaded module of these packages, and of their classes."
-    found: dict[tuple[str, str], object] = {}
+    found: dict[tuple[str, ...], object] = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in prefixes and module is not None:
             for key, item in list(vars(module).items()):
                 found[name, key] = item
                 if issubclass(type(item), type) and item.__module__ == name:
-                    found |= {(name, f"{key}.{k}"): v for k, v in list(vars(item).items())}
+                    found.update(((name, key, k), v) for k, v in list(vars(item).items()))
     return found
 
 
 def differences(
-    one: Mapping[tuple[str, str], object],  # a footprint
-    other: Mapping[tuple[str, str], object],  # a later one
+    one: Mapping[tuple[str, ...], object],  # a footprint
+    other: Mapping[tuple[str, ...], object],  # a later one
 ) -> list[str]:  # dotted names
     "What is no longer the same object, and what classes have gained."
     changed = [key for key, item in one.items() if other.get(key) is not item]
-    gained = [key for key in other.keys() - one.keys() if (key[0], key[1].rpartition(".")[0]) in one]
+    gained = [key for key in other.keys() - one.keys() if key[:-1] in one]
     return sorted(".".join(key) for key in changed + gained)
 
 # %% ../../nbs/8_notebooks/32_faults.ipynb #ac8bc394
@@ -261,19 +261,19 @@ def check_fault(
     whole = footprint(within)
     with fault():
         pass  # what it imports is loaded now
-    left = differences(whole, footprint(within))
-    whole = footprint(within)
+    before, whole = whole, footprint(within)
+    left = differences(before, whole)
     check(not left, f"The fault {name} leaves {', '.join(left[:3])} behind: restore it with swapped.")
     for error in (None, ZeroDivisionError()):
         try:
             with fault():
+                if error:
+                    raise error
                 broken = differences(whole, footprint(within))
                 check(
                     bool(broken),
                     f"The fault {name} changes nothing in {', '.join(within)}: exchange a method with swapped.",
                 )
-                if error:
-                    raise error
         except ZeroDivisionError:
             check(error is not None, f"The fault {name} raises by itself.")
         left = differences(whole, footprint(within))
