@@ -18,7 +18,7 @@ from traitlets import List
 from .ready import ReadyManager
 
 # %% auto #0
-__all__ = ['INLINE', 'FRESH', 'USUAL', 'keep_freed', 'unshare', 'become', 'Forked', 'ForkingProvisioner', 'ForkingManager']
+__all__ = ['INLINE', 'FRESH', 'USUAL', 'unshare', 'become', 'keep_freed', 'Forked', 'ForkingProvisioner', 'ForkingManager']
 
 # %% ../../nbs/8_notebooks/25b_preload.ipynb #9514eaa0
 INLINE = "module://matplotlib_inline.backend_inline"  # where a kernel's figures go
@@ -28,16 +28,6 @@ USUAL = (
     *(f"IPython.{name}" for name in ("core.completerlib", "core.debugger", "core.logger", "core.oinspect")),
     "IPython.extensions.storemagic",
 )  # what every kernel imports before its first cell
-
-
-def keep_freed() -> None:
-    "Let the C library keep up to 128 MiB of freed memory for the next tensors, where it is glibc's."
-    from ctypes import CDLL
-
-    mallopt = getattr(CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a block is the system's
-        mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD: so much is kept
 
 
 def unshare(
@@ -71,6 +61,16 @@ def become(
     from ipykernel.kernelapp import launch_new_instance
 
     launch_new_instance()
+
+# %% ../../nbs/8_notebooks/25b_preload.ipynb #8f847f71
+def keep_freed() -> None:
+    "Let the C library keep up to 128 MiB of freed memory for the next tensors, where it is glibc's."
+    from ctypes import CDLL
+
+    mallopt = getattr(CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a block is the system's
+        mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD: so much is kept
 
 # %% ../../nbs/8_notebooks/25b_preload.ipynb #7145b739
 class Forked:
