@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 from queue import Empty
 from typing import Any
-from unittest.mock import AsyncMock, patch
+from unittest.mock import AsyncMock, Mock, patch
 
 import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from traitlets.config import Config
 
+from adaptkit.notebooks.client import Request
+from adaptkit.notebooks.engine import kernel_source
 from adaptkit.notebooks.jobs import Budget, Job, run_jobs
 from adaptkit.notebooks.preload import Forked
 from adaptkit.notebooks.ready import ReadyClient, ReadyManager
@@ -152,6 +155,7 @@ def test_a_kernel_that_is_ready_has_said_all_about_our_question(tmp_path: Path) 
         manager = ReadyManager()
         await manager.start_kernel(cwd=str(tmp_path))
         client = manager.client()
+        assert isinstance(client, ReadyClient)
         client.start_channels()
         await client.wait_for_ready(timeout=60)
         left = 0
@@ -162,6 +166,33 @@ def test_a_kernel_that_is_ready_has_said_all_about_our_question(tmp_path: Path) 
         return left, await manager.is_alive()
 
     assert asyncio.run(spare()) == (0, False)
+
+
+@pytest.mark.parametrize("modules", [(), ("torch",)])
+def test_pages_begin_and_end_without_a_pause(modules: tuple[str, ...]) -> None:
+    assert issubclass(kernel_source(Request(preload=modules), Config())["kernel_manager_class"], ReadyManager)
+
+
+@pytest.mark.parametrize("idle, rounds", [(3, 3), (99, 6)])
+def test_a_kernel_is_asked_until_it_says_that_this_was_all(idle: int, rounds: int) -> None:
+    asked: list[str] = []
+
+    class Said:
+        def __init__(self, state: Any) -> None:
+            self.state = state
+
+        async def get_msg(self, timeout: float) -> dict[str, Any]:
+            if (state := self.state(len(asked))) is None:
+                raise Empty
+            return {"parent_header": {"msg_id": asked[-1] if state != "starting" else ""}, "content": {"execution_state": state}}
+
+    outputs = iter(range(99))  # by turns a word about something else, and silence
+    iopub = Said(lambda n: "idle" if n >= idle else "starting" if next(outputs) % 2 == 0 else None)
+    ask = Mock(side_effect=lambda: asked.append(f"{len(asked)}") or asked[-1])
+    fakes = {"shell_channel": Said(lambda n: ""), "iopub_channel": iopub, "kernel_info": ask, "is_alive": AsyncMock(return_value=True)}
+    with patch.multiple(ReadyClient, **fakes, _handle_kernel_info_reply=Mock()) as _:
+        asyncio.run(ReadyClient().wait_for_ready(timeout=60))
+    assert len(asked) == rounds
 
 
 def test_a_kernel_that_dies_before_it_is_ready_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,9 @@ def reason(
 def read_image(
     path: str | Path,  # an image file
     *,
-    channels: Literal[0, 1, 3] = 3,  # 1 = grey, 3 = red, green, blue, 0 = as many as it has
+    channels: Literal[0, 1, 3] = 3,  # 1 = grey, 3 = red, green, blue, 0 = 1 if it is grey, else 3
     at_least: int = 0,  # pixels; lets a large JPEG be decoded smaller, see above; 0 = full size
-) -> Pixels:  # [H, W, channels]
+) -> Pixels:  # [H, W, 1 or 3]
     "Read one image as it was meant to be seen, or say in one sentence why that is impossible."
     try:
         check(os.path.getsize(path) > 0, "the file is empty (0 bytes)")

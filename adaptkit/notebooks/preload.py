@@ -27,7 +27,7 @@ USUAL = (
     *("ipykernel.kernelapp", "ipykernel.debugger", "tornado.platform.asyncio", "threadpoolctl", "nbformat", "sqlite3"),
     *(f"IPython.{name}" for name in ("core.completerlib", "core.debugger", "core.logger", "core.oinspect")),
     "IPython.extensions.storemagic",
-)  # what every kernel imports before its first cell
+)  # what every kernel imports by its first cells
 
 
 def unshare(
@@ -69,7 +69,7 @@ def keep_freed() -> None:
 
     mallopt = getattr(CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a block is the system's
+        mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD: from this size on, a block is the system's
         mallopt(-1, 128 * 2**20)  # M_TRIM_THRESHOLD: so much is kept
 
 # %% ../../nbs/8_notebooks/25b_preload.ipynb #7145b739

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from queue import Empty
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
@@ -15,9 +15,12 @@ from jupyter_core.utils import ensure_async
 from traitlets import Type
 
 # %% auto #0
-__all__ = ['about', 'introduced', 'ReadyClient', 'ReadyManager']
+__all__ = ['Heard', 'about', 'introduced', 'ReadyClient', 'ReadyManager']
 
 # %% ../../nbs/8_notebooks/18b_ready.ipynb #7fca183e
+Heard: TypeAlias = Literal["nothing", "something", "all"]
+
+
 def about(
     message: dict[str, Any],  # of a kernel
 ) -> str | None:  # id of a message
@@ -32,38 +35,37 @@ async def introduced(
     asked: str,  # id of the question
     *,
     patience: float = 0.05,  # seconds until a first word about it
-) -> tuple[
-    dict[str, Any], bool
-]:  # the answer, empty if there is none within a second; whether all about it has come through
+) -> tuple[dict[str, Any], Heard]:  # the answer, empty if none came; what was heard beside it
     "Wait until a kernel has answered a question, and has said that this was all."
     reply: dict[str, Any] = {}
+    heard: Heard = "nothing"
     begun = False  # whether it has said that it is busy with it
     try:
         while about(reply) != asked:
             reply = await ensure_async(answers.get_msg(timeout=1))
         while True:
             told = await ensure_async(outputs.get_msg(timeout=1 if begun else patience))
-            begun = begun or about(told) == asked
+            heard, begun = "something", begun or about(told) == asked
             if about(told) == asked and told["content"].get("execution_state") == "idle":
-                return reply, True
+                return reply, "all"
     except Empty:
-        return reply, False
+        return (reply if about(reply) == asked else {}), heard
 
 # %% ../../nbs/8_notebooks/18b_ready.ipynb #67e1f73f
 class ReadyClient(AsyncKernelClient):
     "A client that knows when its kernel is ready."
 
     async def wait_for_ready(self, timeout: float | None = None) -> None:
-        "Wait for a kernel that has just been started, at most `timeout` seconds."
+        "Wait for a kernel that its manager has just started, at most `timeout` seconds."
         end = float("inf") if timeout is None else time.monotonic() + timeout
-        whole, rounds = False, 0
-        while not whole and rounds < 6:
+        heard, rounds = "nothing", 0
+        while heard != "all" and rounds < 6:
             asked, patience = self.kernel_info(), 0.05 * 2**rounds
-            reply, whole = await introduced(self.shell_channel, self.iopub_channel, asked, patience=patience)
-            rounds += bool(reply)
+            reply, heard = await introduced(self.shell_channel, self.iopub_channel, asked, patience=patience)
+            rounds += bool(reply) and heard == "something"
             if not await self.is_alive():
                 raise RuntimeError("Kernel died before replying to kernel_info")
-            if time.monotonic() > end and not whole:
+            if time.monotonic() > end and heard != "all":
                 raise RuntimeError(f"Kernel didn't respond in {timeout:.0f} seconds")
         self._handle_kernel_info_reply(reply)
 
@@ -74,4 +76,5 @@ class ReadyManager(AsyncKernelManager):
     client_factory = Type(ReadyClient, klass=AsyncKernelClient, config=True)
 
     async def _async_wait(self, pollinterval: float = 0.01) -> None:
+        "Wait until the kernel has gone."
         await super()._async_wait(pollinterval=min(pollinterval, 0.01))
