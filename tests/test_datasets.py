@@ -290,3 +290,9 @@ def test_a_grey_image_is_shaped_once_and_comes_out_the_same(tmp_path: Path, fit:
     assert found.shape == (4, 3, side, side) and (found == found[:1]).all()
     assert picture(tmp_path / "grey.png").shape == picture(grey).shape == (60, 41, 3)
     assert picture(tmp_path / "grey.png", channels=0).shape == picture(grey, channels=0).shape == (60, 41, 1)
+
+
+@pytest.mark.parametrize("shape", [(9, 9, 4), (9, 9, 2), (9,), (2, 9, 9, 3)])
+def test_an_array_that_is_no_image_is_refused_in_words(shape: tuple[int, ...]) -> None:
+    with pytest.raises(AdaptkitError, match="is no image: give"):
+        squares([np.zeros(shape, np.uint8)], Preprocess(8))

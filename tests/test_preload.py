@@ -190,7 +190,7 @@ def test_a_kernel_is_asked_until_it_says_that_this_was_all(idle: int, rounds: in
     iopub = Said(lambda n: "idle" if n >= idle else "starting" if next(outputs) % 2 == 0 else None)
     ask = Mock(side_effect=lambda: asked.append(f"{len(asked)}") or asked[-1])
     fakes = {"shell_channel": Said(lambda n: ""), "iopub_channel": iopub, "kernel_info": ask, "is_alive": AsyncMock(return_value=True)}
-    with patch.multiple(ReadyClient, **fakes, _handle_kernel_info_reply=Mock()) as _:
+    with patch.multiple(ReadyClient, **fakes, _handle_kernel_info_reply=Mock()):
         asyncio.run(ReadyClient().wait_for_ready(timeout=60))
     assert len(asked) == rounds
 

@@ -45,7 +45,10 @@ def picture(
     "One image, wherever it comes from."
     if isinstance(item, Path):
         return read_image(item, at_least=at_least, channels=channels)
-    return item if item.ndim == 3 else np.repeat(item[..., None], channels or 1, axis=-1)
+    pixels = item[..., None] if item.ndim == 2 else item
+    fine = pixels.ndim == 3 and pixels.shape[-1] in (1, 3)
+    check(fine, f"An array of the shape {item.shape} is no image: give [H, W], or [H, W, 3] for red, green, blue.")
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] < channels else pixels
 
 # %% ../../nbs/1_data/10_datasets.ipynb #35cfe80d
 def squares(
