@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.core import registry
 from adaptkit.core.registry import AdaptkitError
 from adaptkit.data.sources import load_data
 from adaptkit.evaluation.metrics import METRICS
@@ -71,7 +72,7 @@ def test_a_plugin_of_another_package_is_found(monkeypatch):
     from importlib import metadata
 
     entry = metadata.EntryPoint("theirs", "adaptkit.heads.layers:linear_head", "adaptkit.head")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [entry] if group == "adaptkit.head" else [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "adaptkit.head" else [])
     try:
         assert "theirs" in HEADS and "theirs" in list(HEADS)
         check_head("theirs")

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -14,7 +17,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 # %% auto #0
-__all__ = ['T', 'AdaptkitError', 'check', 'unknown', 'whence', 'Registry', 'require']
+__all__ = ['T', 'AdaptkitError', 'check', 'unknown', 'declared_at', 'entry_points', 'whence', 'Registry', 'require']
 
 # %% ../../nbs/0_core/10_registry.ipynb #9cca342f
 class AdaptkitError(ValueError):
@@ -40,6 +43,22 @@ def unknown(
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return AdaptkitError(f"Unknown {kind} {str(name)!r}.{hint} Known: {', '.join(names) or 'none yet'}.")
+
+# %% ../../nbs/0_core/10_registry.ipynb #2b9a0bb4
+@functools.lru_cache(maxsize=1)
+def declared_at(
+    places: tuple[tuple[str, int], ...],  # where Python looks for packages, and when each place last changed
+) -> Callable[..., metadata.EntryPoints]:  # selects by group
+    "The entry points of all installed packages, read once until a place changes."
+    return metadata.entry_points().select
+
+
+def entry_points(
+    group: str,  # e.g. "adaptkit.backbone"
+) -> metadata.EntryPoints:
+    "What installed packages declare for a group."
+    there = [place for place in sys.path if os.path.exists(place)]
+    return declared_at(tuple((place, os.stat(place).st_mtime_ns) for place in there))(group=group)
 
 # %% ../../nbs/0_core/10_registry.ipynb #bf42858b
 T = TypeVar("T")
@@ -90,7 +109,7 @@ class Registry(Generic[T]):
         return f"Registry({self.kind}: {', '.join(self)})"
 
     def _outside(self) -> dict[str, metadata.EntryPoint]:
-        return {e.name: e for e in metadata.entry_points(group=f"adaptkit.{self.kind}")}
+        return {e.name: e for e in entry_points(f"adaptkit.{self.kind}")}
 
 # %% ../../nbs/0_core/10_registry.ipynb #d3218af4
 def require(

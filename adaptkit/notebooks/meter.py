@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['GPU_PEAK', 'UNKNOWN', 'high_water', 'pull_down', 'cpu_seconds', 'gpu_here', 'hardware', 'Meter']
+__all__ = ['GPU_PEAK', 'UNKNOWN', 'high_water', 'pull_down', 'offspring', 'cpu_seconds', 'gpu_here', 'hardware', 'Meter']
 
 # %% ../../nbs/8_notebooks/21_meter.ipynb #a43e675e
 def high_water(
@@ -39,6 +39,23 @@ def pull_down(
     return True
 
 # %% ../../nbs/8_notebooks/21_meter.ipynb #529237ba
+def offspring(
+    pid: int,  # of a process
+) -> list[int]:  # the processes that it has started, and theirs
+    "Children and their children; Linux lists them by thread, elsewhere all processes are looked through."
+    import psutil
+
+    threads = Path(f"/proc/{pid}/task")
+    try:
+        own = [int(child) for thread in threads.iterdir() for child in (thread / "children").read_text().split()]
+    except OSError:  # no such list, or a thread ended meanwhile
+        try:
+            return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        except psutil.Error:
+            return []
+    return [*own, *(grandchild for child in own for grandchild in offspring(child))]
+
+
 def cpu_seconds(
     pid: int,  # of a process
 ) -> float | None:  # None if it is gone
@@ -46,14 +63,13 @@ def cpu_seconds(
     import psutil
 
     try:
-        parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
-        total = sum(parent.cpu_times()[:4])
+        children = offspring(pid)
+        total = sum(psutil.Process(pid).cpu_times()[:4])
     except psutil.Error:
         return None
-    for child in family[1:]:
+    for child in children:
         try:
-            total += sum(child.cpu_times()[:4])
+            total += sum(psutil.Process(child).cpu_times()[:4])
         except psutil.Error:
             continue  # over since we asked for it: from now on its parent counts it
     return float(total)
