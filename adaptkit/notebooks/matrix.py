@@ -133,7 +133,7 @@ def fault_matrix(
     *,
     parameters: Mapping[str, Any]
     | None = None,  # of the page, e.g. a seed that the baseline hasn't seen; None: the baseline's
-    **options: Any,  # of run_page: cwd, timeout
+    **options: Any,  # of run_page: cwd, timeout, preload
 ) -> Matrix:
     "Run a page once as it is and once with each fault, and say which gates notice."
     from adaptkit.core.progress import progress

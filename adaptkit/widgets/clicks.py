@@ -5,7 +5,6 @@
 # %% ../../nbs/9_widgets/19_clicks.ipynb #ab6417e1
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,9 +38,9 @@ def whole_png(
     figure: PlainFigure,  # laid out and drawn, but not trimmed
 ) -> bytes:  # a PNG file
     "The picture of a whole figure, so that shares of the one are shares of the other."
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100, facecolor="white", metadata={"Software": None})
-    return file.getvalue()
+    from adaptkit.core.figures import painted
+
+    return painted(figure)
 
 
 def spot(
