@@ -132,7 +132,7 @@ def tiny_backbone() -> ImageBackbone:  # stages low, middle, high; the last map 
 def learn_planted(
     *,
     images: int = 512,  # to learn from, a multiple of 32
-    epochs: int = 6,  # passes over them
+    epochs: int = 10,  # passes over them
     seed: int = 0,  # of the images, the weights and the order
 ) -> Model:  # in evaluation mode
     "A tiny network that tells lying stripes, standing stripes and neither apart."
