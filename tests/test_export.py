@@ -25,7 +25,7 @@ from adaptkit.data.datasets import Samples, make_batch
 from adaptkit.data.sources import load_data
 from adaptkit.data.texts import Texts, strings
 from adaptkit.deployment.card import card, licence_id, plain, yaml_lines
-from adaptkit.deployment.certificate import certify, folder_steps, witness
+from adaptkit.deployment.certificate import certify, far_witnesses, folder_steps, forms_in, witness
 from adaptkit.deployment.export import export
 from adaptkit.deployment.exporters import HALF, Onnx, OnnxHalf, Torch, archive_trouble, with_half_weights
 from adaptkit.deployment.folder import changing, open_folder
@@ -368,11 +368,11 @@ def test_exports_are_added_and_certified(run) -> None:
         Onnx().write(other, part / "model.onnx")
     some = load_data("support_topics").valid.take(np.arange(30))
     before = witness(run.model, some)
-    assert [s.name for s in folder_steps(folder.folder, before, some) if not s.passed] == ["export onnx"]
+    assert [s.name for s in folder_steps(folder.folder, before, far_witnesses(forms_in(folder.folder), some)) if not s.passed] == ["export onnx"]
     with changing(folder.folder) as part:
         value = json.loads((part / MANIFEST).read_text())
         (part / MANIFEST).write_text(json.dumps({**value, "classes": value["classes"][::-1], "preprocess": {"size": 5}}))
-    told = {c for s in folder_steps(folder.folder, before, some) if s.name == "export onnx-half" for c in s.changed}
+    told = {c for s in folder_steps(folder.folder, before, far_witnesses(forms_in(folder.folder), some)) if s.name == "export onnx-half" for c in s.changed}
     assert any("another order" in c for c in told) and any("size is 5" in c for c in told) and any("other arrays" in c for c in told)
 
 

@@ -558,3 +558,29 @@ def test_papermill_says_nothing_about_what_only_its_own_reader_does_not_know(tmp
     sources = ["from typing import Annotated\nfrom adaptkit.notebooks.parameters import Range", "epochs: Annotated[int, Range(1, 9)] = 2", "epochs"]
     run_page(page(tmp_path, *sources, tags={1: "parameters"}), tmp_path / "out.ipynb", {"epochs": 3}, progress=False)
     assert "unknown parameter" not in caplog.text
+
+
+def test_children_of_every_thread_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import psutil
+
+    from adaptkit.notebooks import meter
+
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"  # a child of its own
+    begin = lambda _: subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)  # noqa: E731
+    with ThreadPoolExecutor(3) as pool:
+        children = list(pool.map(begin, range(3)))
+        try:
+            ends = time.monotonic() + 20
+            while len(found := meter.offspring(os.getpid())) < 6 and time.monotonic() < ends:
+                time.sleep(0.05)
+            asked = [p.pid for p in psutil.Process().children(recursive=True)]
+            assert {c.pid for c in children} < set(found) and sorted(found) == sorted(asked) and len(found) >= 6
+            real = meter.Path
+            monkeypatch.setattr(meter, "Path", lambda p: real(str(p).replace("/task", "/nowhere")))
+            assert sorted(meter.offspring(os.getpid())) == sorted(asked)  # looked up in the other way
+        finally:
+            for child in children:
+                child.communicate(b"\n")
+    assert meter.offspring(children[0].pid) == []

@@ -6,34 +6,98 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as PlainFigure
-from PIL import Image
+from matplotlib.figure import SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
+from PIL import Image, ImageChops
 
 # %% auto #0
-__all__ = ['painted', 'Figure']
+__all__ = ['canvas_for', 'picture_on', 'rendered', 'png_of', 'overflowing', 'whole', 'Figure']
 
 # %% ../../nbs/0_core/30_figures.ipynb #8aa9a424
-def painted(
+@contextmanager
+def canvas_for(
     figure: PlainFigure,  # looks afterwards as it did before
-) -> bytes:  # a PNG file of all of it, 100 pixels an inch, on white
-    "Draw a figure, once."
-    canvas, colour, dpi = figure.canvas, figure.get_facecolor(), figure.dpi
-    file = io.BytesIO()
+    *,
+    dpi: int = 100,  # pixels an inch
+) -> Iterator[Any]:  # a canvas of matplotlib's Agg
+    "Lend a figure a canvas and a white background."
+    canvas, colour, resolution = figure.canvas, figure.get_facecolor(), figure.dpi
     try:
-        figure.dpi = 100
-        figure.set_facecolor("white")
-        agg: Any = FigureCanvasAgg(figure)
-        agg.draw()
-        Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy()).save(file, "PNG")
-    finally:
-        figure.set_canvas(canvas)
-        figure.set_facecolor(colour)
+        lent: Any = FigureCanvasAgg(figure)
         figure.dpi = dpi
+        figure.set_facecolor("white")
+        yield lent
+    finally:
+        figure.dpi = resolution
+        figure.set_facecolor(colour)
+        figure.set_canvas(canvas)
+
+
+def picture_on(
+    canvas: Any,  # lent by canvas_for
+) -> Image.Image:  # mode RGB, all of it
+    "Draw, and take the picture; what is transparent becomes white."
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+
+
+def rendered(
+    figure: PlainFigure,  # looks afterwards as it did before
+    *,
+    dpi: int = 100,  # pixels an inch
+) -> Image.Image:  # mode RGB, all of the canvas
+    "Draw a figure once."
+    with canvas_for(figure, dpi=dpi) as canvas:
+        return picture_on(canvas)
+
+
+def png_of(
+    picture: Image.Image,
+    *,
+    dpi: int = 100,  # pixels an inch, for programs that print it
+) -> bytes:  # a PNG file
+    "A picture as a file."
+    file = io.BytesIO()
+    picture.save(file, "PNG", dpi=(dpi, dpi))
     return file.getvalue()
+
+# %% ../../nbs/0_core/30_figures.ipynb #dd17308c
+def overflowing(
+    figure: PlainFigure,  # drawn at least once
+) -> bool:
+    "Whether a title, a label or a free text reaches over the edge."
+    texts = [text for part in (figure, *figure.findobj(SubFigure)) for text in part.texts]
+    for ax in figure.axes:
+        texts += [ax.xaxis.label, ax.yaxis.label, *(part for part in ax.get_children() if isinstance(part, Text))]
+    boxes = [text.get_window_extent() for text in texts if text.get_visible() and text.get_text()]
+    (low, left), (high, right) = (figure.bbox.y0, figure.bbox.x0), (figure.bbox.y1, figure.bbox.x1)
+    return any(b.x0 < left or b.y0 < low or b.x1 > right or b.y1 > high for b in boxes)
+
+
+def whole(
+    figure: PlainFigure,  # with constrained layout
+    *,
+    margin: int = 10,  # pixels around what is drawn
+) -> Image.Image | None:  # None: something is cut off, or may be
+    "Draw a figure once, and cut its empty margins off."
+    with canvas_for(figure) as canvas:
+        picture = picture_on(canvas)
+        if overflowing(figure):
+            return None
+    x0, y0, x1, y1 = ImageChops.invert(picture).getbbox() or (1, 1, *picture.size)
+    wide, high = picture.size
+    if min(x0, y0) == 0 or x1 == wide or y1 == high:
+        return None
+    return picture.crop((max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, wide), min(y1 + margin, high)))
 
 
 class Figure(PlainFigure):
@@ -41,8 +105,9 @@ class Figure(PlainFigure):
 
     def _repr_png_(self) -> bytes:
         "The picture as a PNG file, on white, so that it can be read on dark pages too."
-        if self.get_layout_engine() is not None:
-            return painted(self)
+        picture = whole(self) if isinstance(self.get_layout_engine(), ConstrainedLayoutEngine) else None
+        if picture is not None:
+            return png_of(picture)
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=100, facecolor="white", bbox_inches="tight", metadata={"Software": None})
         return file.getvalue()

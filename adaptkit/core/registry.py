@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 # %% auto #0
-__all__ = ['T', 'AdaptkitError', 'check', 'unknown', 'declared_at', 'entry_points', 'whence', 'Registry', 'require']
+__all__ = ['T', 'AdaptkitError', 'check', 'unknown', 'declared_at', 'changed_at', 'entry_points', 'whence', 'Registry', 'require']
 
 # %% ../../nbs/0_core/10_registry.ipynb #9cca342f
 class AdaptkitError(ValueError):
@@ -47,18 +47,28 @@ def unknown(
 # %% ../../nbs/0_core/10_registry.ipynb #2b9a0bb4
 @functools.lru_cache(maxsize=1)
 def declared_at(
-    places: tuple[tuple[str, int], ...],  # where Python looks for packages, and when each place last changed
+    places: tuple[tuple[str, int], ...],  # where Python looks for packages, and when each place last changed, ns
 ) -> Callable[..., metadata.EntryPoints]:  # selects by group
     "The entry points of all installed packages, read once until a place changes."
     return metadata.entry_points().select
 
 
+def changed_at(
+    place: str,  # a folder or an archive, there or not; empty: the current folder
+) -> tuple[str, int]:  # the whole path, and when it last changed, ns; 0 if it isn't there
+    "What tells one state of a place from another."
+    try:
+        path = os.path.abspath(place)
+        return path, os.stat(path).st_mtime_ns
+    except OSError:  # it isn't there, or the current folder has gone
+        return place, 0
+
+
 def entry_points(
     group: str,  # e.g. "adaptkit.backbone"
-) -> metadata.EntryPoints:
+) -> metadata.EntryPoints:  # read now, or kept from the last time
     "What installed packages declare for a group."
-    there = [place for place in sys.path if os.path.exists(place)]
-    return declared_at(tuple((place, os.stat(place).st_mtime_ns) for place in there))(group=group)
+    return declared_at(tuple(map(changed_at, sys.path)))(group=group)
 
 # %% ../../nbs/0_core/10_registry.ipynb #bf42858b
 T = TypeVar("T")

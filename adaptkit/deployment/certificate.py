@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .witness import ROUNDED as ROUNDED
 from .witness import Step as Step
 from .witness import Witness as Witness
 from .witness import far_witness as far_witness
-from .witness import far_witnesses
+from .witness import far_witnesses as far_witnesses
 from .witness import judged as judged
 from .witness import pack_samples as pack_samples
 from .witness import unpack_samples as unpack_samples
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Certificate', 'halved', 'drawn', 'folder_steps', 'certify']
+__all__ = ['Certificate', 'halved', 'drawn', 'forms_in', 'folder_steps', 'certify']
 
 # %% ../../nbs/7_deployment/05_certificate.ipynb #6fdd76f7
 @dataclass(frozen=True)
@@ -115,18 +115,24 @@ def drawn(
     return every.take(np.sort(np.random.default_rng(seed).permutation(len(every))[:n]))
 
 # %% ../../nbs/7_deployment/05_certificate.ipynb #40932ce3
+def forms_in(
+    folder: Path,  # a model folder
+) -> list[tuple[Path, str]]:  # the folder and a form of the model, as far_witnesses takes them
+    "The weights, and each export."
+    return [(folder, form) for form in ("weights", *open_folder(folder).manifest["exports"])]
+
+
 def folder_steps(
     folder: Path,  # a model folder
     before: Witness,  # of the notebook's model
-    samples: Samples,  # that it was asked
+    found: Sequence[Witness],  # of what `forms_in` names
 ) -> list[Step]:
-    "The weights of a model folder and each of its exports, asked in a new process."
-    exports = open_folder(folder).manifest["exports"]
-    found = far_witnesses(folder, samples, ["weights", *exports])
-    steps = [judged("in the model folder", before, found["weights"])]
-    for name, entry in exports.items():
+    "The weights of a model folder and each of its exports."
+    weights, *others = found
+    steps = [judged("in the model folder", before, weights)]
+    for (name, entry), said in zip(open_folder(folder).manifest["exports"].items(), others, strict=True):
         rounding = {"allowed": float(entry.get("allowed", EXACT)), "flips": float(entry.get("flips", 0.01))}
-        steps.append(judged(f"export {name}", before, found[name], **rounding))
+        steps.append(judged(f"export {name}", before, said, **rounding))
     return steps
 
 # %% ../../nbs/7_deployment/05_certificate.ipynb #d81b82c1
@@ -148,15 +154,17 @@ def certify(
     before = witness(model, samples)
     with tempfile.TemporaryDirectory() as place:
         loaded = witness(load_model(save_model(model, place)), samples)
+    place_of = Path(folder) if folder else run.folder / "model"
+    forms = forms_in(place_of) if folder or is_model_folder(place_of) else []
+    far, *others = far_witnesses([(run.folder, ""), *forms], samples)
     steps = [
         judged("saved and loaded", before, loaded),
-        judged("in a new process", before, far_witness(run.folder, samples)),
+        judged("in a new process", before, far),
         judged("folded", before, witness(fused(model), samples), allowed=ROUNDED),
         judged("half precision", before, witness(halved(model), samples), allowed=ROUNDED),
     ]
     steps += [judged(name, before, witness(m, samples)) for name, m in (also or {}).items()]
-    place_of = Path(folder) if folder else run.folder / "model"
-    steps += folder_steps(place_of, before, samples) if folder or is_model_folder(place_of) else []
+    steps += folder_steps(place_of, before, others) if others else []
     found = Certificate(str(run.folder), split, tuple(steps))
     write_json(run.folder / "certificate.json", found.to_json())
     return found

@@ -30,8 +30,8 @@ from ..models.sources import read_weights, write_weights
 from ..models.stages import evaluating
 
 # %% auto #0
-__all__ = ['EXACT', 'ROUNDED', 'Witness', 'witness', 'pack_samples', 'unpack_samples', 'raw', 'export_witness', 'testify',
-           'far_witnesses', 'far_witness', 'Step', 'differences', 'judged']
+__all__ = ['EXACT', 'ROUNDED', 'Witness', 'witness', 'pack_samples', 'unpack_samples', 'raw', 'export_witness', 'form_witness',
+           'testify', 'far_witnesses', 'far_witness', 'Step', 'differences', 'judged']
 
 # %% ../../nbs/7_deployment/04_witness.ipynb #5093b071
 @dataclass(frozen=True, eq=False)
@@ -127,38 +127,43 @@ def export_witness(
     return Witness(said, opened.preprocess, {}, digest(seen))
 
 # %% ../../nbs/7_deployment/04_witness.ipynb #bfca8e9a
+def form_witness(
+    model: str | Path,  # folder of a saved model, or a model folder
+    form: str,  # of a model folder: name of an export, or "weights"; empty: a saved model
+    samples: Samples,  # N images or texts with their labels
+) -> Witness:
+    "Ask a saved model, or one form of it, here."
+    if form and form != "weights":
+        return export_witness(model, form, samples)
+    return witness(open_folder(model).model() if form else load_model(model), samples)
+
+
 def testify(
-    model: str,  # folder of a saved model, or a model folder
     place: str,  # folder of packed samples, where witness.json goes
-    *forms: str,  # of a model folder: names of exports, or "weights"; empty: a saved model
+    *asked: str,  # a folder and a form, and so on
 ) -> None:
     "What the other process does."
-    samples, found = unpack_samples(Path(place)), {}
-    for form in forms:
-        if form and form != "weights":
-            found[form] = export_witness(model, form, samples).to_json()
-        else:
-            network = open_folder(model).model() if form else load_model(model)
-            found[form] = witness(network, samples).to_json()
+    samples = unpack_samples(Path(place))
+    found = [form_witness(*one, samples).to_json() for one in zip(asked[::2], asked[1::2], strict=True)]
     write_json(Path(place) / "witness.json", found)
 
 
 def far_witnesses(
-    model: str | Path,  # folder of a saved model, or a model folder
+    asked: Sequence[tuple[str | Path, str]],  # folders, each with a form, as form_witness takes them
     samples: Samples,  # images or texts with their labels
-    forms: Sequence[str],  # of a model folder: names of exports, or "weights"; empty: a saved model
-) -> dict[str, Witness]:  # by form
-    "Ask a saved model, or each form of it, in one new process."
+) -> list[Witness]:  # one for each
+    "Ask several in one new process."
     program = "import sys; from adaptkit.deployment.witness import testify; testify(*sys.argv[1:])"
     with tempfile.TemporaryDirectory() as place:
         pack_samples(samples, Path(place))
-        command = [sys.executable, "-c", program, str(Path(model).resolve()), place, *forms]
-        done = subprocess.run(command, capture_output=True, text=True)
+        words = [word for folder, form in asked for word in (str(Path(folder).resolve()), form)]
+        done = subprocess.run([sys.executable, "-c", program, place, *words], capture_output=True, text=True)
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix(
             f"{AdaptkitError.__module__}.AdaptkitError: "
         )
-        check(done.returncode == 0, f"{model} can't be asked in a new process: {last}")
-        return {form: Witness.from_json(v) for form, v in read_json(Path(place) / "witness.json").items()}
+        folders = " and ".join(dict.fromkeys(str(folder) for folder, _ in asked))
+        check(done.returncode == 0, f"{folders} can't be asked in a new process: {last}")
+        return [Witness.from_json(value) for value in read_json(Path(place) / "witness.json")]
 
 # %% ../../nbs/7_deployment/04_witness.ipynb #216b1c6b
 def far_witness(
@@ -168,7 +173,7 @@ def far_witness(
     form: str = "",  # of a model folder: the name of an export, or "weights"; empty: a saved model
 ) -> Witness:
     "Ask a saved model in a new process."
-    return far_witnesses(model, samples, [form])[form]
+    return far_witnesses([(model, form)], samples)[0]
 
 # %% ../../nbs/7_deployment/04_witness.ipynb #c8b61641
 EXACT, ROUNDED = 1e-4, 0.05  # largest difference of a logit, in parts of the largest

@@ -50,9 +50,9 @@ def figure_uri(
     dpi: int = 150,  # dots per inch; twice that of a screen looks sharp on a phone
 ) -> str:
     "A figure as an address that contains it."
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
-    return data_uri(buffer.getvalue())
+    from adaptkit.core.figures import png_of, rendered
+
+    return data_uri(png_of(rendered(figure, dpi=dpi), dpi=dpi))
 
 
 def image_uri(

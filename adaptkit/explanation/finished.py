@@ -22,7 +22,7 @@ from ..data.datasets import Data, Rows, Samples, batches
 from ..data.sources import DATASETS
 from ..evaluation.calibration import fit_temperature, why_not
 from ..evaluation.evaluate import predict
-from ..evaluation.layout import OPENING, STYLE, figure_uri, filled, write_both
+from ..evaluation.layout import OPENING, STYLE, data_uri, filled, write_both
 from ..evaluation.metrics import Predictions
 from .contract import EXPLAINERS, Explainer
 from .explain import Attribution, explain
@@ -207,18 +207,21 @@ def write_explained(
     "Write explanations as JSON, as a picture and as a page."
     from markupsafe import Markup
 
+    from adaptkit.core.figures import png_of, rendered
+
     value, found = explained.to_json(), explained.found
     figure, words = found.show(most), found._repr_html_() if isinstance(found, TextAttribution) else ""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    png = png_of(rendered(figure, dpi=150), dpi=150)
     with replacing(Path(folder) / "explanation.png") as part:
-        figure.savefig(part, format="png", dpi=150, facecolor="white")
+        part.write_bytes(png)
     told: dict[str, Any] = {
         "title": "Why the model says so",
         "alt": "; ".join(explained.lines()[:most]),
         "style": STYLE,
     }
     told |= {
-        "picture": figure_uri(figure),
+        "picture": data_uri(png),
         "remarks": explained.remarks if words else value["warnings"],
         "rows": value["answers"],
     }

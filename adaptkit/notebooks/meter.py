@@ -41,17 +41,17 @@ def pull_down(
 # %% ../../nbs/8_notebooks/21_meter.ipynb #529237ba
 def offspring(
     pid: int,  # of a process
-) -> list[int]:  # the processes that it has started, and theirs
+) -> list[int]:  # ids of the processes that it has started, and that they have
     "Children and their children; Linux lists them by thread, elsewhere all processes are looked through."
     import psutil
 
     threads = Path(f"/proc/{pid}/task")
     try:
-        own = [int(child) for thread in threads.iterdir() for child in (thread / "children").read_text().split()]
+        own = {int(child) for thread in threads.iterdir() for child in (thread / "children").read_text().split()}
     except OSError:  # no such list, or a thread ended meanwhile
         try:
             return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-        except psutil.Error:
+        except psutil.NoSuchProcess:
             return []
     return [*own, *(grandchild for child in own for grandchild in offspring(child))]
 

@@ -51,7 +51,6 @@ def become(
     "Go on as a kernel, in a session of its own."
     keep_freed()
     gc.freeze()  # the collector need not walk through all that was imported
-    gc.set_threshold(50_000, 20, 20)  # and need not look so often, for a page doesn't live long
     os.setsid()
     os.environ.clear()
     os.environ.update({**environment, "JPY_PARENT_PID": str(os.getppid())})  # it ends when its parent does

@@ -38,9 +38,9 @@ def whole_png(
     figure: PlainFigure,  # laid out and drawn, but not trimmed
 ) -> bytes:  # a PNG file
     "The picture of a whole figure, so that shares of the one are shares of the other."
-    from adaptkit.core.figures import painted
+    from adaptkit.core.figures import png_of, rendered
 
-    return painted(figure)
+    return png_of(rendered(figure))
 
 
 def spot(
