@@ -32,6 +32,7 @@ from adaptkit.deployment.folder import changing, open_folder
 from adaptkit.deployment.sealed import MANIFEST, building, is_pickle, seal_of
 from adaptkit.deployment.sessions import EXPORTERS, feeds, misfit, moved, takes_of
 from adaptkit.heads.heads import Named, build_model
+from adaptkit.models.sources import sha256
 from adaptkit.models.stages import evaluating, pooled
 from adaptkit.testing import check_exporter, toy_data
 from adaptkit.training.finetune import FineTune
@@ -136,6 +137,16 @@ def test_pickles_are_known_by_name_and_by_content(tmp_path: Path) -> None:
     assert is_pickle(tmp_path / "x.PT")
 
 
+def test_an_archive_that_cannot_be_looked_into_counts_as_a_pickle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "whole.onnx", "w") as archive:
+        archive.writestr("data/größe.txt", "x" * 50)  # a name in UTF-8
+    raw = (tmp_path / "whole.onnx").read_bytes()
+    assert not is_pickle(tmp_path / "whole.onnx")
+    at = raw.rindex("größe".encode())  # in the list of contents
+    (tmp_path / "damaged.onnx").write_bytes(raw[:at] + b"\xff" + raw[at + 1 :])
+    assert is_pickle(tmp_path / "damaged.onnx")
+
+
 def test_a_pickle_never_gets_into_a_folder(folder: Path) -> None:
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(AdaptkitError, match="is a pickle"), changing(folder) as part:
@@ -143,8 +154,8 @@ def test_a_pickle_never_gets_into_a_folder(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == before and open_folder(folder)
     (folder / "weights.dat").write_bytes(pickle.dumps(print))
     listed = json.loads((folder / MANIFEST).read_text())["files"]
-    size = (folder / "weights.dat").stat().st_size
-    reseal(folder, files={**listed, "weights.dat": {"sha256": "0" * 64, "bytes": size}})
+    entry = {"sha256": sha256(folder / "weights.dat"), "bytes": (folder / "weights.dat").stat().st_size}
+    reseal(folder, files={**listed, "weights.dat": entry})
     with pytest.raises(AdaptkitError, match="is a pickle"):
         open_folder(folder)
 

@@ -31,7 +31,7 @@ PICKLES = frozenset({".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib
 def is_pickle(
     path: Path,  # a file
 ) -> bool:
-    "Whether a file is a pickle, or an archive that holds one; nothing in it is run."
+    "Whether a file is a pickle, or an archive that holds one or can't be looked into; nothing in it is run."
     if path.suffix.lower() in PICKLES:
         return True
     with path.open("rb") as f:
@@ -41,8 +41,11 @@ def is_pickle(
         return True
     if not zipfile.is_zipfile(path) or start[:2] != b"PK":
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(i.filename).suffix.lower() in PICKLES and i.file_size for i in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(i.filename).suffix.lower() in PICKLES and i.file_size for i in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # damaged; whoever reads more leniently may find one
+        return True
 
 
 def files_of(
@@ -187,8 +190,8 @@ def check_file(
     entry: Mapping[str, Any],  # its length and checksum
 ) -> None:
     "Raise unless a file is the one that was written."
-    check(not is_pickle(path), f"{path} is a pickle, which may run code when it is read: a model folder holds none.")
     size = path.stat().st_size
     told = f"it has {size} bytes instead of {entry['bytes']}" if size != entry["bytes"] else "other checksum"
     same = size == entry["bytes"] and sha256(path) == entry["sha256"]
     check(same, f"{path} has been altered since it was written ({told}): copy the folder again, or export again.")
+    check(not is_pickle(path), f"{path} is a pickle, which may run code when it is read: a model folder holds none.")
