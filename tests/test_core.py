@@ -144,8 +144,10 @@ def test_empty_margins_go() -> None:
     ax.imshow(np.eye(4))
     ax.set_axis_off()
     width, height = opened(figure._repr_png_()).size
-    assert 250 < height <= 300 and abs(width - height) < 20
-    assert opened(Figure(figsize=(2, 1), layout="constrained")._repr_png_()).size <= (200, 100)  # nothing at all
+    assert 300 < height <= 320 and abs(width - height) < 20
+    assert whole(figure, margin=40).size == (width + 60, height + 60)
+    empty = Figure(figsize=(2, 1), layout="constrained")
+    assert whole(empty) is None and opened(empty._repr_png_()).size == saved(empty, dpi=100, bbox_inches="tight").size
 
 
 def test_the_current_working_folder_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

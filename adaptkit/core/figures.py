@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as PlainFigure
 from matplotlib.figure import SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 
 # %% auto #0
 __all__ = ['canvas_for', 'picture_on', 'rendered', 'png_of', 'overflowing', 'whole', 'Figure']
@@ -49,7 +49,7 @@ def picture_on(
     drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
     return Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
 
-
+# %% ../../nbs/0_core/30_figures.ipynb #d48897cb
 def rendered(
     figure: PlainFigure,  # looks afterwards as it did before
     *,
@@ -82,24 +82,23 @@ def overflowing(
     (low, left), (high, right) = (figure.bbox.y0, figure.bbox.x0), (figure.bbox.y1, figure.bbox.x1)
     return any(b.x0 < left or b.y0 < low or b.x1 > right or b.y1 > high for b in boxes)
 
-
+# %% ../../nbs/0_core/30_figures.ipynb #cc1af90b
 def whole(
     figure: PlainFigure,  # with constrained layout
     *,
-    margin: int = 10,  # pixels around what is drawn
-) -> Image.Image | None:  # None: something is cut off, or may be
-    "Draw a figure once, and cut its empty margins off."
+    margin: int = 10,  # pixels of white around what is drawn
+) -> Image.Image | None:  # mode RGB; None: something is cut off, or may be
+    "Draw a figure once, and give it even margins."
     with canvas_for(figure) as canvas:
         picture = picture_on(canvas)
         if overflowing(figure):
             return None
-    x0, y0, x1, y1 = ImageChops.invert(picture).getbbox() or (1, 1, *picture.size)
-    wide, high = picture.size
-    if min(x0, y0) == 0 or x1 == wide or y1 == high:
+    box = ImageChops.invert(picture).getbbox()  # left, upper, right and lower end of the ink
+    if box is None or min(box[:2]) == 0 or box[2] == picture.width or box[3] == picture.height:
         return None
-    return picture.crop((max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, wide), min(y1 + margin, high)))
+    return ImageOps.expand(picture.crop(box), margin, "white")
 
-
+# %% ../../nbs/0_core/30_figures.ipynb #782bdc1a
 class Figure(PlainFigure):
     "A matplotlib figure that a notebook shows when it is the value of a cell."
 
