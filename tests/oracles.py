@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 PINS = ("torchattacks==3.5.1", "foolbox==3.3.4", "eagerpy==0.30.0", "adversarial-robustness-toolbox==1.20.1", "adv-lib==0.2.8", "pyautoattack==0.2.0")
+PINS += ("setuptools==80.9.0",) if sys.version_info >= (3, 12) else ()  # adv-lib asks for distutils, which Python has given up
 TEACHING = ("torchdistill==1.1.5",)
 
 
