@@ -129,8 +129,9 @@ def folder_steps(
 ) -> list[Step]:
     "The weights of a model folder and each of its exports."
     weights, *others = found
+    exports = open_folder(folder, verify=False).manifest["exports"]  # the files were checked when they were asked
     steps = [judged("in the model folder", before, weights)]
-    for (name, entry), said in zip(open_folder(folder).manifest["exports"].items(), others, strict=True):
+    for (name, entry), said in zip(exports.items(), others, strict=True):
         rounding = {"allowed": float(entry.get("allowed", EXACT)), "flips": float(entry.get("flips", 0.01))}
         steps.append(judged(f"export {name}", before, said, **rounding))
     return steps
